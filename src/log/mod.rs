@@ -1,0 +1,93 @@
+//! The log of a volume: segments, the spool they grow in, the chain that binds them, reading them back, recovery.
+//! Invariant: what is recovered is a prefix of what was appended; a frame opens only at the place and as the kind
+//! it was sealed for. The bytes are described in `docs/format.md` and nowhere else.
+
+use crate::store::StoreError;
+use crate::types::{CommitNo, FrameKind, FramePtr, Seq, Timestamp};
+use bytes::Bytes;
+
+/// What can go wrong in the log and in everything that stands on it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// These frames are not on this host; fetch them from the store and try again. Never shown to a user.
+    #[error("{} frame(s) must be fetched from the store first", .0.len())]
+    Missing(Vec<FramePtr>),
+    /// An object is damaged, foreign, or from a newer version. `object` names the object or file, `detail` what is
+    /// wrong with it and the way out.
+    #[error("{object}: {detail}")]
+    Corrupt {
+        /// Object or file name.
+        object: String,
+        /// What is wrong.
+        detail: String,
+    },
+    /// The local disk failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was being done to which file.
+        what: String,
+        /// The operating system's error.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Another writer owns the chain from here; this one must not write any more.
+    #[error("fenced: {detail}")]
+    Fenced {
+        /// Who or what was found.
+        detail: String,
+    },
+    /// The writer has failed before and is latched; nothing more is written in this process.
+    #[error("the log stopped after an earlier failure: {0}")]
+    Latched(String),
+    /// The request cannot be met: not in the history, wrong role, wrong volume.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// Result of the log and of everything that stands on it.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// A [`Error::Corrupt`] about `object`.
+    pub fn corrupt(object: impl ToString, detail: impl ToString) -> Error {
+        Error::Corrupt { object: object.to_string(), detail: detail.to_string() }
+    }
+
+    /// Wraps an I/O error with what was being done.
+    pub fn io(what: impl ToString) -> impl FnOnce(std::io::Error) -> Error {
+        move |source| Error::Io { what: what.to_string(), source }
+    }
+
+    /// True when the local disk has no room.
+    pub fn is_no_space(&self) -> bool {
+        matches!(self, Error::Io { source, .. } if source.raw_os_error() == Some(libc::ENOSPC))
+    }
+}
+
+/// Reads opened frames. It never waits for the network: what is only in the store is [`Error::Missing`], and the
+/// caller has it fetched and tries again.
+pub trait Frames: Send + Sync {
+    /// The plain bytes of the frame at `ptr`, which must be of `kind`.
+    fn get(&self, ptr: FramePtr, kind: FrameKind) -> Result<Bytes>;
+}
+
+/// Appends frames to the open segment.
+pub trait Append {
+    /// Seals `plain` as a frame of `kind` behind what was appended before, and says where it lies. The frame can be
+    /// read through [`Frames`] at once; it is durable after the next sync.
+    fn append(&mut self, kind: FrameKind, plain: &[u8]) -> Result<FramePtr>;
+}
+
+/// Where one commit lies in the log and when it was made; the index of a segment lists them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CommitInfo {
+    /// Number of the commit.
+    pub no: CommitNo,
+    /// When it was made (home's clock).
+    pub time: Timestamp,
+    /// Segment that holds it.
+    pub seq: Seq,
+}
