@@ -71,6 +71,7 @@ struct KernelRandom;
 
 impl Random for KernelRandom {
     fn fill(&self, out: &mut [u8]) {
-        getrandom::fill(out).expect("the kernel's random source failed; sealing without it would not be safe");
+        getrandom::fill(out)
+            .expect("the kernel's random source failed; sealing without it would not be safe");
     }
 }

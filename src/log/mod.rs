@@ -91,3 +91,16 @@ pub struct CommitInfo {
     /// Segment that holds it.
     pub seq: Seq,
 }
+
+/// A segment that is complete, signed and durable on the local disk, ready to be uploaded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClosedSegment {
+    /// Its file in the spool.
+    pub path: std::path::PathBuf,
+    /// Its size in bytes.
+    pub len: u64,
+    /// Its number and the hash of its trailer.
+    pub head: crate::types::Head,
+    /// The newest commit in it, or before it when it holds none.
+    pub last_commit: CommitNo,
+}
