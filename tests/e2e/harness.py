@@ -1,0 +1,329 @@
+"""What every end-to-end case stands on: the program under test, volumes and mounts, checks, cleaning up.
+
+Invariant: nothing is written below a mount point before the mount table says that the mount is there, every command
+has a time limit, and whatever a case starts carries `EMBASSYFS_E2E_RUN` in its environment so that it can be found.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+WORK = Path(os.environ.get("E2E_DIR", REPO / "target" / "e2e"))
+RUN_TAG = "EMBASSYFS_E2E_RUN"
+FS_TYPE = os.environ.get("E2E_FS_TYPE", "fuse.embassyfs")
+MIB = 1 << 20
+
+
+class Failed(Exception):
+    """A claim of a case that does not hold."""
+
+
+def program():
+    """The binary under test."""
+    path = os.environ.get("EMBASSYFS", str(REPO / "target" / "release" / "embassyfs"))
+    if not os.access(path, os.X_OK):
+        raise Failed(f"no program at {path}: build it, or set EMBASSYFS")
+    return path
+
+
+def say(text):
+    """One line of the case's story."""
+    print(f"    {text}", flush=True)
+
+
+def check(holds, claim, detail=""):
+    """A claim: printed when it holds, the end of the case when it does not."""
+    if not holds:
+        raise Failed(f"{claim}{': ' if detail else ''}{detail}")
+    say(f"ok  {claim}")
+
+
+def check_same(want, got, claim, **how):
+    """Two manifests agree."""
+    import trees
+
+    wrong = trees.differences(want, got, **how)
+    check(not wrong, claim, "\n      " + "\n      ".join(wrong) if wrong else "")
+
+
+def run(*command, limit=60, ok=True, env=None, **how):
+    """Runs a command to its end. `ok`: True demands exit 0, False demands another, None takes any."""
+    command = [os.fspath(c) for c in command]
+    how.setdefault("stdin", subprocess.DEVNULL)
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=limit,
+            env={**os.environ, **(env or {})},
+            **how,
+        )
+    except subprocess.TimeoutExpired as late:
+        raise Failed(f"{' '.join(command)} did not end within {limit} s") from late
+    if ok is not None and ok != (done.returncode == 0):
+        said = (done.stdout + done.stderr).strip()
+        raise Failed(f"{' '.join(command)} ended with {done.returncode}: {said[-2000:]}")
+    return done
+
+
+def mounts():
+    """The mount table: (mount point, type, connection number, options), without touching any mount."""
+    out = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        left, right = line.split(" - ", 1)
+        fields = left.split()
+        point = fields[4].encode().decode("unicode_escape")
+        out.append((point, right.split()[0], int(fields[2].split(":")[1]), fields[5]))
+    return out
+
+
+def mounted(point):
+    """The type mounted at `point`, or None."""
+    types = [kind for at, kind, _, _ in mounts() if at == os.fspath(point)]
+    return types[-1] if types else None
+
+
+def wait_until(condition, limit, what, pause=0.05):
+    """Waits for `condition()` to be true; fails after `limit` seconds."""
+    end = time.monotonic() + limit
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise Failed(f"{what}: not within {limit} s")
+        time.sleep(pause)
+
+
+def alive(pid):
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def empty_dir(path):
+    """A new, empty directory."""
+    path = Path(path)
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def timed(call):
+    """The result of `call()` and how long it took, in seconds."""
+    begin = time.monotonic()
+    result = call()
+    return result, time.monotonic() - begin
+
+
+class Mount:
+    """One mounted view of a volume."""
+
+    def __init__(self, point, state, pid):
+        self.point, self.state, self.pid = Path(point), Path(state), pid
+
+    def status(self, limit=30):
+        return json.loads(run(program(), "status", self.point, "--json", limit=limit).stdout)
+
+    def sync(self, limit=600):
+        return run(program(), "sync", self.point, limit=limit)
+
+    def umount(self, limit=120):
+        done = run(program(), "umount", self.point, limit=limit)
+        if mounted(self.point):
+            raise Failed(f"{self.point} is still in the mount table after umount")
+        wait_until(lambda: not alive(self.pid), 30, f"the daemon {self.pid} ends after umount")
+        return done
+
+    def kill(self):
+        """SIGKILL, then the dead mount is taken out of the mount table, as an operator would."""
+        os.kill(self.pid, signal.SIGKILL)
+        wait_until(lambda: not alive(self.pid), 10, f"the daemon {self.pid} is gone after SIGKILL")
+        run("umount", "-l", self.point, limit=20)
+
+
+class Volume:
+    """A volume in a store, its keys, and the mounts made of it."""
+
+    def __init__(self, directory, url=None, env=None):
+        self.directory = Path(directory)
+        self.store_dir = self.directory / "store"
+        self.url = url or f"file://{self.store_dir}"
+        self.env = env or {}
+        self.keys = self.directory / "keys"
+        if url is None:
+            empty_dir(self.store_dir)
+
+    def key(self, role):
+        return self.keys / f"{role}.key"
+
+    def init(self, *more, ok=True):
+        return run(program(), "init", "--store", self.url, "--keys", self.keys, *more, env=self.env, ok=ok)
+
+    def at(self, url, env=None):
+        """The same volume and keys, reached through another URL or another endpoint."""
+        other = Volume.__new__(Volume)
+        other.__dict__.update(self.__dict__, url=url, env={**self.env, **(env or {})})
+        if url.startswith("file://"):
+            other.store_dir = Path(url.removeprefix("file://"))
+        return other
+
+    def try_mount(self, name, state, *more, options=(), read_only=False, limit=60):
+        """Asks for a mount at `directory/name`; gives the finished command."""
+        point = self.directory / name
+        if mounted(point):
+            raise Failed(f"{point} is mounted already")
+        point.mkdir(exist_ok=True)
+        Path(state).mkdir(parents=True, exist_ok=True)
+        command = [program(), "mount", "--store", self.url, "--state", state]
+        command += ["--key", self.key("reader" if read_only else "writer")]
+        command += ["--read-only"] if read_only else []
+        command += ["-o", ",".join(options)] if options else []
+        return point, run(*command, *more, point, limit=limit, ok=None, env=self.env)
+
+    def mount(self, name, state, *more, **how):
+        """A mount that must succeed."""
+        point, done = self.try_mount(name, state, *more, **how)
+        if done.returncode != 0:
+            raise Failed(f"mount of {point} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
+        if mounted(point) != FS_TYPE:
+            raise Failed(f"mount said yes, but the mount table has {mounted(point)} at {point}")
+        pid = json.loads(run(program(), "status", point, "--json").stdout)["pid"]
+        return Mount(point, state, pid)
+
+    def embassy(self, name="embassy", state=None, more=(), **how):
+        """A read-only mount from the store alone, with an empty state directory unless one is given."""
+        state = state or empty_dir(self.directory / f"{name}-state")
+        return self.mount(name, state, *more, read_only=True, **how)
+
+    def versions(self):
+        done = run(
+            program(), "versions", "--store", self.url, "--key", self.key("reader"), "--json", env=self.env
+        )
+        return json.loads(done.stdout)
+
+    def objects(self):
+        """The names of the objects in a directory store."""
+        return sorted(str(p.relative_to(self.store_dir)) for p in self.store_dir.rglob("*") if p.is_file())
+
+
+def free_port():
+    """A loopback port that was free a moment ago."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def s3_environment(port):
+    """What the usual AWS variables say about the server on `port`."""
+    endpoint = f"http://127.0.0.1:{port}"
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ENDPOINT": endpoint,
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "embassy",
+        "AWS_SECRET_ACCESS_KEY": "embassy-secret",
+    }
+
+
+@contextlib.contextmanager
+def s3_server(directory):
+    """An S3 server on loopback with the bucket `land`; gives (directory of the objects, port)."""
+    root = empty_dir(Path(directory) / "s3")
+    (root / "land").mkdir()
+    binary = os.environ.get("S3S_FS") or run(REPO / "scripts" / "s3.sh", "path").stdout.strip()
+    port = free_port()
+    credentials = s3_environment(port)
+    with open(Path(directory) / "s3.log", "ab") as log:
+        server = subprocess.Popen(
+            [binary, "--host", "127.0.0.1", "--port", str(port)]
+            + ["--access-key", credentials["AWS_ACCESS_KEY_ID"]]
+            + ["--secret-key", credentials["AWS_SECRET_ACCESS_KEY"], str(root)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "RUST_LOG": "warn"},
+        )
+    try:
+        wait_until(lambda: listens(port), 20, "the S3 server listens")
+        yield root, port
+    finally:
+        server.terminate()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def listens(port):
+    """Whether something accepts connections on `port`."""
+    with socket.socket() as s:
+        s.settimeout(1)
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+def volume_on(kind, directory, stack):
+    """A new, initialised volume on a `file` or `s3` store; what must be ended later goes on `stack`."""
+    if kind == "file":
+        volume = Volume(directory)
+    else:
+        root, port = stack.enter_context(s3_server(directory))
+        volume = Volume(directory, "s3://land/registers", s3_environment(port))
+        volume.store_dir = root
+    volume.init()
+    return volume
+
+
+def tagged_processes(tag):
+    """Ids of the processes started by the run with this tag, ours aside."""
+    found, wanted = [], f"{RUN_TAG}={tag}".encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+            except OSError:
+                pass
+    return found
+
+
+def abort_mounts(below):
+    """Ends the FUSE connections of the mounts below a directory: whoever waits on one gets an error."""
+    control = Path("/sys/fs/fuse/connections")
+    doomed = [m for m in mounts() if m[0].startswith(f"{below}/") and m[1].startswith("fuse")]
+    if doomed and not mounted(control):
+        subprocess.run(["mount", "-t", "fusectl", "fusectl", control], check=False)
+    for _, _, minor, _ in doomed:
+        with contextlib.suppress(OSError):
+            (control / str(minor) / "abort").write_text("1")
+
+
+def clean_up(below, tag):
+    """Leaves no mount below a directory and no process of the run; says what it had to take away."""
+    abort_mounts(below)
+    left = [point for point, _, _, _ in mounts() if point.startswith(f"{below}/")]
+    for point in reversed(left):
+        subprocess.run(["umount", "-l", point], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    for pid in tagged_processes(tag):
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    return left
+
+
+def die_with_story(story):
+    """Ends a case as failed."""
+    print(f"    FAILED  {story}", flush=True)
+    sys.exit(1)

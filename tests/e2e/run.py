@@ -1,0 +1,134 @@
+#!/usr/bin/env python3
+"""Runs the end-to-end cases, each in a process of its own under a time limit, and counts them.
+
+    EMBASSYFS=target/release/embassyfs python3 tests/e2e/run.py [--list] [--keep] [CASE...]
+
+CASE is a case's name or the beginning of one (`real_input`, `real_input.s3`). Environment: EMBASSYFS (the program),
+S3S_FS (the S3 server; else scripts/s3.sh finds it), E2E_DIR (where to work, target/e2e), E2E_SEED (for what is drawn
+at random), E2E_BIG and E2E_BIG_S3 (size of the big file in MiB), E2E_MANY (small files), E2E_TAMPER (mutations).
+
+Invariant: this process never touches a mount, so that it can always abort one that hangs and clean up.
+"""
+
+import argparse
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import uuid
+from pathlib import Path
+
+import harness
+
+# Module -> (limit in seconds, parameters). A case is `module` or `module.parameter`.
+CASES = {
+    "selfcheck": (120, [None]),
+    "lifecycle": (240, [None]),
+    "prefix": (300, ["file", "s3"]),
+    "no_plaintext": (180, [None]),
+    "at_version": (180, [None]),
+    "tamper": (600, ["store", "local"]),
+    "protection": (300, ["available", "strict", "local", "read_only_store"]),
+    "real_input": (900, ["file", "s3"]),
+}
+
+
+def all_cases():
+    """(name, module, parameter, limit) of every case."""
+    for module, (limit, parameters) in CASES.items():
+        for parameter in parameters:
+            yield f"{module}.{parameter}" if parameter else module, module, parameter, limit
+
+
+def run_here(module, parameter, directory):
+    """Runs one case in this process; the parent watches."""
+    sys.path.insert(0, str(Path(__file__).parent / "cases"))
+    try:
+        importlib.import_module(module).main(directory, *([parameter] if parameter else []))
+    except harness.Failed as failure:
+        harness.die_with_story(str(failure))
+    except Exception:
+        harness.die_with_story(traceback.format_exc())
+
+
+def run_watched(name, limit, keep):
+    """Runs one case in a child; gives whether it passed."""
+    directory = harness.WORK / name
+    tag = uuid.uuid4().hex
+    harness.clean_up(directory, tag)
+    harness.empty_dir(directory)
+    print(f"--- {name}", flush=True)
+    begin = time.monotonic()
+    child = subprocess.Popen(
+        [sys.executable, __file__, "--in-process", name],
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, harness.RUN_TAG: tag},
+        start_new_session=True,
+    )
+    try:
+        passed = wait_for(child, limit, directory)
+    finally:
+        left = harness.clean_up(directory, tag)
+        if child.poll() is None:
+            child.kill()
+    if passed and left:
+        print(f"    FAILED  left mounted: {', '.join(left)}")
+        passed = False
+    print(f"    {'passed' if passed else 'FAILED'} in {time.monotonic() - begin:.1f} s", flush=True)
+    if passed and not keep:
+        shutil.rmtree(directory, ignore_errors=True)
+    return passed
+
+
+def wait_for(child, limit, directory):
+    """Waits for the case; one that hangs has its mounts aborted, then is killed."""
+    try:
+        return child.wait(limit) == 0
+    except subprocess.TimeoutExpired:
+        print(f"    FAILED  did not end within {limit} s: aborting its mounts", flush=True)
+        harness.abort_mounts(directory)
+    try:
+        child.wait(15)
+    except subprocess.TimeoutExpired:
+        child.kill()
+    return False
+
+
+def chosen(names):
+    """The cases whose names were given, or all."""
+    cases = list(all_cases())
+    for name in names:
+        if not any(c[0] == name or c[1] == name for c in cases):
+            sys.exit(f"no such case: {name}; there are {', '.join(c[0] for c in cases)}")
+    return [c for c in cases if not names or c[0] in names or c[1] in names]
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Runs the end-to-end cases.")
+    parser.add_argument("--list", action="store_true", help="list the cases")
+    parser.add_argument("--keep", action="store_true", help="keep what passed cases wrote")
+    parser.add_argument("--in-process", metavar="CASE", help=argparse.SUPPRESS)
+    parser.add_argument("cases", nargs="*", metavar="CASE")
+    options = parser.parse_args()
+    if options.in_process:
+        (name, module, parameter, _), = (c for c in all_cases() if c[0] == options.in_process)
+        return run_here(module, parameter, harness.WORK / name)
+    if options.list:
+        return print("\n".join(c[0] for c in all_cases()))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    passed = failed = 0
+    for name, _, _, limit in chosen(options.cases):
+        if run_watched(name, limit, options.keep):
+            passed += 1
+        else:
+            failed += 1
+    print(f"\n{passed} passed, {failed} failed")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
