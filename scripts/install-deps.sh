@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Installs the Debian packages that the scripts need, and only those that are missing.
+#   scripts/install-deps.sh [demo|test|bench]
+set -euo pipefail
+. "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
+
+purpose=${1:-test}
+# command:package
+wanted="fusermount3:fuse3 cc:gcc mountpoint:util-linux"
+case $purpose in
+    demo) wanted="$wanted git:git" ;;
+    test) wanted="$wanted git:git python3:python3" ;;
+    bench) wanted="$wanted git:git python3:python3 gocryptfs:gocryptfs" ;;
+    *) fail "usage: install-deps.sh [demo|test|bench]" ;;
+esac
+
+missing=
+for pair in $wanted; do
+    command -v "${pair%%:*}" >/dev/null 2>&1 || missing="$missing ${pair##*:}"
+done
+# gcc without the headers of the C library compiles nothing.
+case " $missing " in *" gcc "*) missing="$missing libc6-dev" ;; esac
+# Without /dev/fuse nothing can be mounted, whatever is installed.
+[ -e /dev/fuse ] || modprobe fuse 2>/dev/null || true
+
+if [ -n "$missing" ]; then
+    command -v apt-get >/dev/null 2>&1 || fail "please install:$missing"
+    sudo=
+    [ "$(id -u)" -eq 0 ] || sudo=sudo
+    export DEBIAN_FRONTEND=noninteractive
+    log=$(mktemp)
+    # A list of packages that is some days old is enough; a machine that never had one needs it.
+    # shellcheck disable=SC2086
+    if ! $sudo apt-get -qq install -y --no-install-recommends $missing >"$log" 2>&1; then
+        if ! { $sudo apt-get -qq update && $sudo apt-get -qq install -y --no-install-recommends $missing; } \
+            >"$log" 2>&1; then
+            cat "$log" >&2
+            fail "cannot install:$missing"
+        fi
+    fi
+    rm -f "$log"
+    echo "installed:$missing"
+fi
+[ -e /dev/fuse ] || fail "/dev/fuse is missing: this kernel (or container) offers no FUSE"
