@@ -56,7 +56,7 @@ def check_same(want, got, claim, **how):
 
 def run(*command, limit=60, ok=True, env=None, **how):
     """Runs a command to its end. `ok`: True demands exit 0, False demands another, None takes any."""
-    command = [os.fspath(c) for c in command]
+    command = [str(c) for c in command]
     how.setdefault("stdin", subprocess.DEVNULL)
     try:
         done = subprocess.run(
