@@ -45,6 +45,13 @@ trap 'exit 143' TERM
 step "packages"
 "$root/scripts/install-deps.sh" test
 
+step "the S3 server for the tests"
+S3S_FS=${S3S_FS:-$("$root/scripts/s3.sh" path)}
+export S3S_FS
+# Where the store's contract suite looks for it.
+mkdir -p target/tools/bin
+ln -sf "$S3S_FS" target/tools/bin/s3s-fs
+
 if [ $# -eq 0 ]; then
     step "format"
     cargo fmt --check
@@ -59,10 +66,6 @@ fi
 step "the program"
 cargo build $profile --locked --quiet
 export EMBASSYFS=${EMBASSYFS:-$root/target/release/embassyfs}
-
-step "the S3 server for the tests"
-S3S_FS=${S3S_FS:-$("$root/scripts/s3.sh" path)}
-export S3S_FS
 
 step "end-to-end cases (in $work)"
 mkdir -p "$work"

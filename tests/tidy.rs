@@ -368,10 +368,10 @@ fn time_comes_through_the_clock() {
     let mut broken = Vec::new();
     for source in sources().iter().filter(|s| !s.is_test() && !matches!(s.module.as_str(), "clock" | "cli")) {
         let tokens = source.without_tests().0;
+        // tokio's own clock stands still and jumps when a test says so.
+        let tokio = starts_with_anywhere(tokens, &["tokio", ":", ":", "time", ":", ":", "Instant"]);
         for (i, token) in tokens.iter().enumerate() {
             let hit = calls.iter().find(|[a, b]| starts_with(&tokens[i..], &[a, ":", ":", b]));
-            // tokio's own clock stands still and jumps when a test says so.
-            let tokio = starts_with_anywhere(tokens, &["tokio", ":", ":", "time", ":", ":", "Instant"]);
             if let Some([a, b]) = hit.filter(|[a, _]| *a != "Instant" || !tokio) {
                 broken.push(format!("{}:{}: {a}::{b}", source.name, token.line));
             }
@@ -386,7 +386,7 @@ fn nothing_is_ignored_or_left_undone() {
     for source in sources() {
         for (i, token) in source.tokens.iter().enumerate() {
             let rest = &source.tokens[i..];
-            let undone = starts_with(rest, &["todo", "!"]) || starts_with(rest, &["unimplemented", "!"]);
+            let undone = ["todo", "unimplemented"].iter().any(|word| starts_with(rest, &[word, "!", "("]));
             if undone || starts_with(rest, &["#", "[", "ignore"]) {
                 broken.push(format!("{}:{}: {}", source.name, token.line, token.text));
             }

@@ -51,7 +51,7 @@ def main(directory):
         home.sync()
         time.sleep(0.6)
         versions = volume.versions()
-        seen.append((versions[-1]["commit"], time.time(), trees.manifest(home.point)))
+        seen.append((versions[0]["commit"], time.time(), trees.manifest(home.point)))
         time.sleep(0.6)
     home.kill()
     versions = volume.versions()
@@ -60,9 +60,10 @@ def main(directory):
         if not {"commit", "time", "seq", "checkpoint"} <= version.keys():
             check(False, "a version says commit, time, seq and checkpoint", str(version))
     numbers = [v["commit"] for v in versions]
-    check(numbers == sorted(set(numbers)), "versions are listed in order, each once", str(numbers))
+    newest_first = sorted(set(numbers), reverse=True)
+    check(numbers == newest_first, "versions are listed newest first, each once", str(numbers))
     times = [instant(v["time"]) for v in versions]
-    check(times == sorted(times), "their times are in order")
+    check(times == sorted(times, reverse=True), "their times are in order", str(times))
     check({c for c, _, _ in seen} <= set(numbers), "every synced state is among them", str(numbers))
     for n, (commit, when, want) in enumerate(seen):
         for at in (str(commit), rfc3339(when)):

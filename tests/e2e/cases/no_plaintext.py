@@ -38,7 +38,7 @@ def secrets_in(keys):
     """The secret bytes in the key files: whatever the public auditor's file does not hold as well."""
     public = (keys / "auditor.key").read_bytes()
     found = set()
-    for role in ("writer", "reader"):
+    for role in ("writer", "reader", "steward"):
         data = (keys / f"{role}.key").read_bytes()
         for token in re.findall(rb"[0-9a-fA-F]{32,}", data) + re.findall(rb"[A-Za-z0-9+/_=-]{40,}", data):
             if token.lower() not in public.lower():
