@@ -2,6 +2,8 @@
 //! Invariant: what is recovered is a prefix of what was appended; a frame opens only at the place and as the kind
 //! it was sealed for. The bytes are described in `docs/format.md` and nowhere else.
 
+pub mod volume;
+
 use crate::store::StoreError;
 use crate::types::{CommitNo, FrameKind, FramePtr, Seq, Timestamp};
 use bytes::Bytes;
