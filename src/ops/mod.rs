@@ -1,0 +1,5 @@
+//! What the operator does with a volume as a whole, beside mounting it.
+//! Invariant: nothing here prints or knows the command line; every operation returns a report or an error that says
+//! what was done, what was not, and the way out.
+
+pub mod init;
