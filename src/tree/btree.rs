@@ -39,7 +39,13 @@ impl Tree {
     }
 
     /// The first `limit` keys from `lo` up to, not including, `hi`, with their values, in order.
-    pub fn range(&self, frames: &dyn Frames, lo: &[u8], hi: &[u8], limit: usize) -> Result<Vec<(Key, Value)>> {
+    pub fn range(
+        &self,
+        frames: &dyn Frames,
+        lo: &[u8],
+        hi: &[u8],
+        limit: usize,
+    ) -> Result<Vec<(Key, Value)>> {
         let mut scan = Scan { frames, lo, hi, limit, out: Vec::new() };
         if let Some(root) = self.root
             && lo < hi
@@ -164,7 +170,12 @@ impl Cursor {
     }
 
     /// The next `limit` keys with their values; none at the end.
-    pub fn next_batch(&mut self, tree: &Tree, frames: &dyn Frames, limit: usize) -> Result<Vec<(Key, Value)>> {
+    pub fn next_batch(
+        &mut self,
+        tree: &Tree,
+        frames: &dyn Frames,
+        limit: usize,
+    ) -> Result<Vec<(Key, Value)>> {
         let batch = tree.range(frames, &self.left.start, &self.left.end, limit)?;
         match batch.last() {
             Some((last, _)) => {

@@ -175,7 +175,13 @@ pub fn verify(bytes: &[u8], object: &str, volume: VolumeId, writer: &PublicKey) 
 }
 
 /// The root record in the checkpoint that was stored as `object`.
-pub fn open(bytes: &[u8], object: &str, volume: VolumeId, key: &VolumeKey, writer: &PublicKey) -> Result<Root> {
+pub fn open(
+    bytes: &[u8],
+    object: &str,
+    volume: VolumeId,
+    key: &VolumeKey,
+    writer: &PublicKey,
+) -> Result<Root> {
     let header = verify(bytes, object, volume, writer)?;
     let mut r = Reader::new(bytes, object);
     let associated = r.take(HEADER_LEN)?;

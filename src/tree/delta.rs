@@ -14,6 +14,9 @@ pub type Value = Arc<[u8]>;
 /// Changed keys with their new values; `None` is a deletion.
 pub type Delta = BTreeMap<Key, Option<Value>>;
 
+/// One entry of a [`Delta`].
+pub type Change = (Key, Option<Value>);
+
 const VERSION: u8 = 1;
 
 /// A part is closed before it would grow beyond this; one larger entry gets a part of its own.
@@ -102,8 +105,8 @@ impl Part {
 }
 
 /// The commit in the bodies of all its DELTA frames, its changes in the order of their keys.
-pub fn decode(parts: &[impl AsRef<[u8]>]) -> Result<(Counters, Vec<(Key, Option<Value>)>)> {
-    let mut changes: Vec<(Key, Option<Value>)> = Vec::new();
+pub fn decode(parts: &[impl AsRef<[u8]>]) -> Result<(Counters, Vec<Change>)> {
+    let mut changes: Vec<Change> = Vec::new();
     let mut counters = None;
     for part in parts {
         let mut r = Reader::versioned(part.as_ref(), "delta", VERSION)?;
@@ -137,7 +140,7 @@ mod tests {
 
     fn changes(n: u64, value_len: usize) -> Delta {
         let change = |i: u64| {
-            let value = (i % 3 != 0).then(|| Value::from(vec![i as u8; value_len]));
+            let value = (!i.is_multiple_of(3)).then(|| Value::from(vec![i as u8; value_len]));
             (i.to_be_bytes().to_vec(), value)
         };
         (0..n).map(change).collect()

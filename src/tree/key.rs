@@ -214,7 +214,9 @@ mod tests {
         assert_eq!(parse(&orphan(ino)), Some(KeyRef::Orphan(ino)));
         let longer = [inode(ino), vec![0]].concat();
         let orphan_of_somebody = make(ino, ORPHAN, &[0; 8]);
-        for bad in [&longer[..], &orphan_of_somebody, b"", &longer[..8], &entry(ino, 3)[..16], &dirent(ino, b"")] {
+        for bad in
+            [&longer[..], &orphan_of_somebody, b"", &longer[..8], &entry(ino, 3)[..16], &dirent(ino, b"")]
+        {
             assert_eq!(parse(bad), None);
         }
     }

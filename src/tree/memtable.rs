@@ -54,7 +54,8 @@ impl Levels<'_> {
         if layers.is_empty() {
             return self.tree.range(self.frames, lo, hi, limit);
         }
-        let mut pages = PageEntries { levels: self, next: lo.to_vec(), hi, batch: Vec::new().into_iter(), done: false };
+        let mut pages =
+            PageEntries { levels: self, next: lo.to_vec(), hi, batch: Vec::new().into_iter(), done: false };
         let mut out = Vec::new();
         while out.len() < limit {
             pages.fill(limit - out.len())?;

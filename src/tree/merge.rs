@@ -46,8 +46,12 @@ impl Tree {
         page_size: usize,
         out: WritePage<'_>,
     ) -> Result<MergeOutcome> {
-        let mut survey =
-            Survey { frames, changes: changes.iter().peekable(), touched: HashSet::new(), missing: Vec::new() };
+        let mut survey = Survey {
+            frames,
+            changes: changes.iter().peekable(),
+            touched: HashSet::new(),
+            missing: Vec::new(),
+        };
         if let Some(root) = self.root {
             let touched = survey.visit(root, None, None)?;
             if !survey.missing.is_empty() {
@@ -239,7 +243,9 @@ impl Rewrite<'_, '_> {
     /// True when what is pending is too little for a page, and no full page before it can share with it.
     fn is_small(&self, level: u8) -> bool {
         self.levels.get(usize::from(level)).is_some_and(|level| {
-            level.held.is_empty() && !level.pending.is_empty() && level.pending.page_len() < self.page_size / 4
+            level.held.is_empty()
+                && !level.pending.is_empty()
+                && level.pending.page_len() < self.page_size / 4
         })
     }
 

@@ -38,7 +38,10 @@ impl Page {
             return Err(damaged(at, "no page header of a format version that this program knows"));
         };
         let (level, count) = (*level, u32::from_le_bytes(*count) as usize);
-        if level > LEVEL_MAX || count == 0 || count > (bytes.len() - HEADER_LEN) / (SLOT_LEN + ENTRY_HEADER_LEN) {
+        if level > LEVEL_MAX
+            || count == 0
+            || count > (bytes.len() - HEADER_LEN) / (SLOT_LEN + ENTRY_HEADER_LEN)
+        {
             return Err(damaged(at, format!("a page of level {level} with {count} entries")));
         }
         Ok(Page { bytes, at, level, count })
@@ -200,7 +203,8 @@ impl Run {
         let cut = self.starts.partition_point(|start| (*start as usize) < half);
         // The entry that lies across the middle goes to the side that it makes less uneven.
         let before = cut.saturating_sub(1);
-        let closer = if self.start(before).abs_diff(half) < self.start(cut).abs_diff(half) { before } else { cut };
+        let closer =
+            if self.start(before).abs_diff(half) < self.start(cut).abs_diff(half) { before } else { cut };
         closer.clamp(1, self.count().max(2) - 1)
     }
 

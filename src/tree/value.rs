@@ -45,7 +45,9 @@ impl FileType {
     /// The type with this number in the format, if there is one.
     pub fn from_u8(n: u8) -> Option<FileType> {
         use FileType::*;
-        [Regular, Directory, Symlink, Fifo, Socket, CharDevice, BlockDevice].into_iter().find(|t| *t as u8 == n)
+        [Regular, Directory, Symlink, Fifo, Socket, CharDevice, BlockDevice]
+            .into_iter()
+            .find(|t| *t as u8 == n)
     }
 }
 
