@@ -28,7 +28,8 @@ start)
         exit 1
     fi
     mkdir -p "$2"
-    exec "$binary" --host 127.0.0.1 --port "$3" \
+    # It logs each answer that is an error, also those that a test asks for.
+    RUST_LOG="${RUST_LOG:-off}" exec "$binary" --host 127.0.0.1 --port "$3" \
         --access-key "${S3_ACCESS_KEY:-test}" --secret-key "${S3_SECRET_KEY:-testtest}" "$2"
     ;;
 *)
