@@ -20,6 +20,7 @@ pub mod clock;
 pub mod crypto;
 pub mod log;
 pub mod ops;
+pub mod replica;
 pub mod store;
 pub mod tree;
 pub mod types;
