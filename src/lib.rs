@@ -16,8 +16,11 @@
 //! | `crypto` | keys, slots, sealing, signing, hashing |
 //! | `types`, `clock` | the shared vocabulary, time and randomness |
 
+pub mod cache;
 pub mod clock;
 pub mod crypto;
+pub mod fs;
+pub mod fuse;
 pub mod log;
 pub mod ops;
 pub mod replica;

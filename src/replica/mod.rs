@@ -2,7 +2,11 @@
 //! Invariant: the remote log is a prefix of the local one, and nobody is told that a commit is durable before it is.
 
 pub mod durable;
+mod opening;
 pub mod uploader;
+pub mod volume;
+
+pub use opening::Version;
 
 pub use durable::{Durable, Position, Protection, Snapshot, WaitError};
 pub use uploader::{Upload, UploadMetrics, Uploader};
