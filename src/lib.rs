@@ -16,6 +16,7 @@
 //! | `crypto` | keys, slots, sealing, signing, hashing |
 //! | `types`, `clock` | the shared vocabulary, time and randomness |
 
+pub mod cache;
 pub mod clock;
 pub mod crypto;
 pub mod log;
