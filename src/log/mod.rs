@@ -3,6 +3,19 @@
 //! it was sealed for. The bytes are described in `docs/format.md` and nowhere else.
 
 pub mod volume;
+pub mod chain;
+mod closing;
+mod frame;
+mod gather;
+mod index;
+pub mod reader;
+pub mod recovery;
+pub mod segment;
+pub mod statedir;
+#[cfg(test)]
+mod testing;
+mod torn;
+pub mod writer;
 
 use crate::store::StoreError;
 use crate::types::{CommitNo, FrameKind, FramePtr, Seq, Timestamp};
@@ -65,7 +78,8 @@ impl Error {
 
     /// True when the local disk has no room.
     pub fn is_no_space(&self) -> bool {
-        matches!(self, Error::Io { source, .. } if source.raw_os_error() == Some(libc::ENOSPC))
+        let full = [Some(libc::ENOSPC), Some(libc::EDQUOT)];
+        matches!(self, Error::Io { source, .. } if full.contains(&source.raw_os_error()))
     }
 }
 
