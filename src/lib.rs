@@ -16,9 +16,12 @@
 //! | `crypto` | keys, slots, sealing, signing, hashing |
 //! | `types`, `clock` | the shared vocabulary, time and randomness |
 
+pub mod cli;
 pub mod clock;
 pub mod crypto;
+pub mod fuse;
 pub mod log;
+pub mod ops;
 pub mod store;
 pub mod tree;
 pub mod types;
