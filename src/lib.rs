@@ -17,6 +17,7 @@
 //! | `types`, `clock` | the shared vocabulary, time and randomness |
 
 pub mod cache;
+pub mod cli;
 pub mod clock;
 pub mod crypto;
 pub mod fs;

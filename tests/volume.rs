@@ -201,7 +201,8 @@ fn each_version_shows_what_was_there_then() {
 
 #[test]
 fn overwrites_holes_and_truncation_equal_a_plain_array_through_commits_and_checkpoints() {
-    let world = World::new(Parameters { segment_size: 1 << 20, record_size: 16 << 10, ..Parameters::default() });
+    let world =
+        World::new(Parameters { segment_size: 1 << 20, record_size: 16 << 10, ..Parameters::default() });
     let mut home = world.home();
     let mut file = create(&world, &home, Ino::ROOT, "f", b"");
     let mut model: Vec<u8> = Vec::new();

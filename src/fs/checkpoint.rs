@@ -81,7 +81,8 @@ impl Checkpointer {
         let weight: usize = state.levels.iter().map(|l| l.weight).sum();
         let segments = next_seq.saturating_sub(self.replay_seq.load(Ordering::Acquire));
         weight >= settings.memtable_max
-            || (self.anything_new(state) && (segments >= REPLAY_SEGMENTS_MAX || log_bytes >= settings.replay_max))
+            || (self.anything_new(state)
+                && (segments >= REPLAY_SEGMENTS_MAX || log_bytes >= settings.replay_max))
     }
 
     /// True when there are committed changes that no checkpoint holds.

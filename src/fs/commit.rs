@@ -117,7 +117,17 @@ impl Committer {
             let state = fs.state.lock();
             Counters { next_ino: state.next_ino, live_bytes: state.live_bytes, inodes: state.inodes }
         };
-        Committer { fs, log, shipping, checkpointer, closed: committed, committed, counters, view: LogView::default(), log_bytes: 0 }
+        Committer {
+            fs,
+            log,
+            shipping,
+            checkpointer,
+            closed: committed,
+            committed,
+            counters,
+            view: LogView::default(),
+            log_bytes: 0,
+        }
     }
 
     /// Works until [`Fs::stop_commits`], then commits, closes and checkpoints what there is, and returns.
@@ -243,7 +253,11 @@ impl Committer {
     }
 
     fn take_waiting(&self, state: &mut State) -> Vec<Box<dyn FnOnce() + Send>> {
-        if state.has_room(&self.fs.settings) { std::mem::take(&mut state.waiting_for_space) } else { Vec::new() }
+        if state.has_room(&self.fs.settings) {
+            std::mem::take(&mut state.waiting_for_space)
+        } else {
+            Vec::new()
+        }
     }
 
     /// Appends a frame; closes the segment when it has grown large enough.
@@ -270,9 +284,7 @@ impl Committer {
             for (start, run) in file.runs() {
                 let extent = match run {
                     Run::Hole(_) => None,
-                    Run::Data(bytes) if bytes.len() <= INLINE_MAX => {
-                        Some(Extent::Inline { bytes }.encode())
-                    }
+                    Run::Data(bytes) if bytes.len() <= INLINE_MAX => Some(Extent::Inline { bytes }.encode()),
                     Run::Data(bytes) => {
                         let ptr = self.append(FrameKind::Data, bytes)?;
                         Some(Extent::Stored { ptr, from: 0, len: bytes.len() as u32 }.encode())
@@ -546,12 +558,10 @@ impl<'a> ExtentEdit<'a> {
 
 fn part_of(extent: &Extent<'_>, part: Range<u64>) -> Value {
     match extent {
-        Extent::Stored { ptr, from, .. } => Extent::Stored {
-            ptr: *ptr,
-            from: from + part.start as u32,
-            len: (part.end - part.start) as u32,
+        Extent::Stored { ptr, from, .. } => {
+            Extent::Stored { ptr: *ptr, from: from + part.start as u32, len: (part.end - part.start) as u32 }
+                .encode()
         }
-        .encode(),
         Extent::Inline { bytes } => {
             Extent::Inline { bytes: &bytes[part.start as usize..part.end as usize] }.encode()
         }

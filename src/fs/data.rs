@@ -4,10 +4,10 @@
 use super::dirty::Run;
 use super::error::{Error, Result, os};
 use super::extents::{Piece, Source};
+use super::inode::clear_set_id;
 use super::state::Tx;
 use super::{Fs, MAX_FILE_SIZE};
 use crate::log;
-use super::inode::clear_set_id;
 use crate::tree::value::{FileType, SPARSE};
 use crate::types::{FrameKind, FramePtr, Ino};
 use bytes::Bytes;
@@ -247,7 +247,9 @@ impl Tx<'_> {
     /// `ENOSPC` when `more` bytes would pass the volume's size limit.
     fn check_limit(&self, more: u64) -> Result<()> {
         match self.fs.settings.size_limit {
-            Some(limit) if self.st.live_bytes + self.st.dirty_bytes + self.st.sealing_bytes + more > limit => {
+            Some(limit)
+                if self.st.live_bytes + self.st.dirty_bytes + self.st.sealing_bytes + more > limit =>
+            {
                 os(libc::ENOSPC)
             }
             _ => Ok(()),

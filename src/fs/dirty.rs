@@ -38,9 +38,7 @@ impl Run {
     /// The part `range` of the run (offsets within it).
     fn part(&self, range: Range<u64>) -> Run {
         match self {
-            Run::Data(bytes) => {
-                Run::Data(Arc::new(bytes[range.start as usize..range.end as usize].to_vec()))
-            }
+            Run::Data(bytes) => Run::Data(Arc::new(bytes[range.start as usize..range.end as usize].to_vec())),
             Run::Hole(_) => Run::Hole(range.end - range.start),
             Run::Stored { ptr, from, .. } => Run::Stored {
                 ptr: *ptr,
@@ -261,8 +259,10 @@ mod tests {
                 assert_eq!(read(&file, 400), model);
                 let held: u64 = file.runs().map(|(_, r)| r.memory()).sum();
                 assert_eq!(held, file.bytes());
-                assert!(file.runs().all(|(s, r)| matches!(r, Run::Hole(_))
-                    || s / RECORD == (s + r.len() - 1) / RECORD));
+                assert!(
+                    file.runs()
+                        .all(|(s, r)| matches!(r, Run::Hole(_)) || s / RECORD == (s + r.len() - 1) / RECORD)
+                );
             }
         }
     }

@@ -62,11 +62,7 @@ impl Fs {
                     if at < from {
                         left.push(at..from);
                     }
-                    pieces.push(Piece {
-                        start: from,
-                        len: to - from,
-                        source: run_source(run, from - start),
-                    });
+                    pieces.push(Piece { start: from, len: to - from, source: run_source(run, from - start) });
                     at = to;
                 }
                 if at < gap.end {
@@ -87,13 +83,7 @@ impl Fs {
     }
 
     /// The pieces of a stretch that only the log can know of.
-    fn stored_pieces(
-        &self,
-        state: &State,
-        ino: Ino,
-        gap: Range<u64>,
-        pieces: &mut Vec<Piece>,
-    ) -> Result<()> {
+    fn stored_pieces(&self, state: &State, ino: Ino, gap: Range<u64>, pieces: &mut Vec<Piece>) -> Result<()> {
         let mut at = gap.start;
         for (key, value) in self.extents(state, ino, gap.clone())? {
             let (start, extent) = (offset_of(&key)?, Extent::decode(&value)?);

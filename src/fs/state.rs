@@ -4,8 +4,8 @@
 
 use super::dirty::DirtyFile;
 use super::error::{Error, Result, os};
-use super::lookups::Lookups;
 use super::inode::new_inode;
+use super::lookups::Lookups;
 use super::{Caller, Fs, Settings};
 use crate::clock::Env;
 use crate::log::Frames;
@@ -136,8 +136,7 @@ impl State {
             stopping: false,
         };
         if !recovery.replayed.is_empty() {
-            let level =
-                Level { delta: Arc::new(recovery.replayed), weight: replayed_weight, frozen: false };
+            let level = Level { delta: Arc::new(recovery.replayed), weight: replayed_weight, frozen: false };
             state.levels.push(level);
         }
         if recovery.last_commit == CommitNo(0) {

@@ -8,9 +8,9 @@ use crate::fs::{self, Attr, Caller, Fs, NewNode, Seek, SetAttr, XattrMode};
 use crate::tree::value::FileType;
 use crate::types::Ino;
 use fuser::{
-    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
-    IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
-    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
     ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use std::ffi::OsStr;
@@ -233,15 +233,7 @@ impl Filesystem for Adapter {
         }
     }
 
-    fn mkdir(
-        &self,
-        req: &Request,
-        parent: INodeNo,
-        name: &OsStr,
-        mode: u32,
-        _umask: u32,
-        reply: ReplyEntry,
-    ) {
+    fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, reply: ReplyEntry) {
         self.make(req, parent, name, OwnedNode::new(FileType::Directory, mode), reply);
     }
 
@@ -441,7 +433,16 @@ impl Filesystem for Adapter {
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
         let s = self.requests.statfs();
-        reply.statfs(s.blocks, s.free, s.free, s.files, s.files_free, s.block_size, fs::NAME_MAX as u32, s.block_size);
+        reply.statfs(
+            s.blocks,
+            s.free,
+            s.free,
+            s.files,
+            s.files_free,
+            s.block_size,
+            fs::NAME_MAX as u32,
+            s.block_size,
+        );
     }
 
     fn setxattr(
@@ -465,11 +466,7 @@ impl Filesystem for Adapter {
 
     fn getxattr(&self, _req: &Request, n: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         let name = name.as_bytes().to_vec();
-        self.serve(
-            "getxattr",
-            move |fs| fs.getxattr(ino(n), &name),
-            move |_, r| reply_xattr(reply, size, r),
-        );
+        self.serve("getxattr", move |fs| fs.getxattr(ino(n), &name), move |_, r| reply_xattr(reply, size, r));
     }
 
     fn listxattr(&self, _req: &Request, n: INodeNo, size: u32, reply: ReplyXattr) {

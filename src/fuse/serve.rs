@@ -102,7 +102,8 @@ impl Requests {
     }
 
     fn read_ahead(self: &Arc<Self>, ino: Ino, from: u64) {
-        let ahead = catch_unwind(AssertUnwindSafe(|| self.fs.frames_of(ino, from..from.saturating_add(READ_AHEAD))));
+        let ahead =
+            catch_unwind(AssertUnwindSafe(|| self.fs.frames_of(ino, from..from.saturating_add(READ_AHEAD))));
         if let Ok(Ok(ptrs)) = ahead
             && !ptrs.is_empty()
         {
@@ -208,7 +209,9 @@ impl Requests {
                 Err(e) => error = e,
             }
         }
-        ::log::error!("{what}: gave up after {FETCH_ROUNDS} rounds of fetching; is the frame cache too small?");
+        ::log::error!(
+            "{what}: gave up after {FETCH_ROUNDS} rounds of fetching; is the frame cache too small?"
+        );
         Err(libc::EIO)
     }
 
@@ -220,7 +223,10 @@ impl Requests {
         match tokio::time::timeout(SPACE_TIMEOUT, receiver).await {
             Ok(_) => Ok(()),
             Err(_) => {
-                ::log::error!("{what}: no room for {} s; is the spool's disk stuck?", SPACE_TIMEOUT.as_secs());
+                ::log::error!(
+                    "{what}: no room for {} s; is the spool's disk stuck?",
+                    SPACE_TIMEOUT.as_secs()
+                );
                 Err(libc::EIO)
             }
         }

@@ -119,7 +119,8 @@ impl Source<'_> {
     async fn end(&self, ctx: &VolumeContext, len: u64) -> Result<End> {
         let (tail, size) = self.suffix(len).await?;
         let object = self.object();
-        let (trailer, head) = UncheckedTrailer::parse(&tail, &object)?.verify(ctx, self.seq, size, &object)?;
+        let (trailer, head) =
+            UncheckedTrailer::parse(&tail, &object)?.verify(ctx, self.seq, size, &object)?;
         Ok(End { trailer, head, size, tail })
     }
 
@@ -181,11 +182,8 @@ impl End {
 /// Opens the sealed index of a segment and compares it with the trailer.
 pub(super) fn open_index(ctx: &VolumeContext, trailer: &Trailer, sealed: Vec<u8>) -> Option<Index> {
     let cipher = SegmentCipher::for_index(ctx, trailer.header, &trailer.index_salt);
-    let ptr = crate::types::FramePtr {
-        seq: trailer.seq(),
-        offset: trailer.index_offset,
-        len: trailer.index_len,
-    };
+    let ptr =
+        crate::types::FramePtr { seq: trailer.seq(), offset: trailer.index_offset, len: trailer.index_len };
     let plain = cipher.open(ptr, FrameKind::Index, sealed).ok()?;
     let index = Index::decode(&plain, trailer.index_offset)?;
     let agrees = index.frames.len() == trailer.frame_count as usize
@@ -228,7 +226,9 @@ impl Walk {
                 Some(prev) if prev.seq > at => missing(prev.seq, trailer.seq()),
                 Some(prev) if prev.seq == at => Error::corrupt(
                     object,
-                    format!("continues another segment {at} than the one we have (a fork, or an object put back)"),
+                    format!(
+                        "continues another segment {at} than the one we have (a fork, or an object put back)"
+                    ),
                 ),
                 _ => Error::corrupt(object, format!("does not continue segment {at}")),
             });
@@ -247,7 +247,10 @@ impl Walk {
 pub(super) fn missing(seq: Seq, after: Seq) -> Error {
     Error::corrupt(
         segment_name(seq),
-        format!("missing, though {} continues it; an earlier version can still be mounted", segment_name(after)),
+        format!(
+            "missing, though {} continues it; an earlier version can still be mounted",
+            segment_name(after)
+        ),
     )
 }
 
@@ -388,4 +391,26 @@ pub(super) fn trailer_of(ctx: &VolumeContext, seq: Seq, bytes: &[u8]) -> Option<
 /// The head that segment `seq` in the store is, verified.
 pub async fn stored_head(ctx: &VolumeContext, store: &dyn Store, seq: Seq) -> Result<Head> {
     Ok(Source { seq, place: Place::Store(store) }.trailer(ctx).await?.head)
+}
+
+/// The newest segment in the store and the last commit at its end.
+#[derive(Clone, Copy, Debug)]
+pub struct Newest {
+    /// Its number.
+    pub seq: Seq,
+    /// The newest commit in the segments looked at, with its time.
+    pub commit: Option<(CommitNo, Timestamp)>,
+}
+
+/// The newest segment from number `from` on, and the last commit in it or before it, not behind `from`.
+pub async fn newest(ctx: &VolumeContext, store: &dyn Store, from: Seq) -> Result<Option<Newest>> {
+    let found = list_store(store, from).await?;
+    let Some(seq) = found.last().copied() else { return Ok(None) };
+    for seq_with in found.iter().rev() {
+        let trailer = Source { seq: *seq_with, place: Place::Store(store) }.trailer(ctx).await?.trailer;
+        if trailer.commit_count > 0 {
+            return Ok(Some(Newest { seq, commit: Some((trailer.last_commit, trailer.last_time)) }));
+        }
+    }
+    Ok(Some(Newest { seq, commit: None }))
 }

@@ -2,7 +2,6 @@
 //! Invariant: what is recovered is a prefix of what was appended; a frame opens only at the place and as the kind
 //! it was sealed for. The bytes are described in `docs/format.md` and nowhere else.
 
-pub mod volume;
 pub mod chain;
 mod closing;
 mod frame;
@@ -15,6 +14,7 @@ pub mod statedir;
 #[cfg(test)]
 mod testing;
 mod torn;
+pub mod volume;
 pub mod writer;
 
 use crate::store::StoreError;

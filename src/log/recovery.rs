@@ -4,7 +4,9 @@
 //! changes anything on disk, only the newest local segment, and only after it is certain that this host holds the
 //! end of the chain.
 
-use super::chain::{ChainStart, Commit, Members, Place, Source, WINDOW, Walk, list_store, members, trailer_of};
+use super::chain::{
+    ChainStart, Commit, Members, Place, Source, WINDOW, Walk, list_store, members, trailer_of,
+};
 use super::segment::{VolumeContext, segment_name};
 use super::statedir::StateDir;
 use super::torn::{Torn, scan};
@@ -115,7 +117,8 @@ pub async fn recover(
         let scanned = scan(ctx, seq, &bytes, &dir.log_path(seq))?;
         replay.torn(seq, &scanned, apply)?;
         if role == Role::Writer && !replay.stopped {
-            let closed = scanned.close(ctx, dir, env, seq, bytes, replay.walk.head, replay.walk.last_commit)?;
+            let closed =
+                scanned.close(ctx, dir, env, seq, bytes, replay.walk.head, replay.walk.last_commit)?;
             if let Some(closed) = closed {
                 replay.walk.head = Some(closed.head);
                 spool.closed.push(closed);

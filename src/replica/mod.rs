@@ -2,6 +2,7 @@
 //! Invariant: the remote log is a prefix of the local one, and nobody is told that a commit is durable before it is.
 
 pub mod durable;
+pub mod listing;
 mod opening;
 pub mod uploader;
 pub mod volume;

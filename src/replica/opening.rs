@@ -59,26 +59,26 @@ pub(super) struct Opened {
 pub(super) async fn superblock(store: &dyn Store, dir: &StateDir, key: &KeyFile) -> Result<Superblock> {
     let pinned = dir.read(volume::NAME)?;
     match crate::ops::init::load_superblock(store, key).await {
-        Ok((superblock, bytes)) => {
-            match pinned {
-                Some(pinned) if pinned != bytes => Err(Error::corrupt(
-                    volume::NAME,
-                    format!(
-                        "the store's copy differs from the one pinned in {}; the store may have been exchanged. \
+        Ok((superblock, bytes)) => match pinned {
+            Some(pinned) if pinned != bytes => Err(Error::corrupt(
+                volume::NAME,
+                format!(
+                    "the store's copy differs from the one pinned in {}; the store may have been exchanged. \
                          If the volume was re-keyed on purpose, use a new state directory",
-                        dir.root().display()
-                    ),
-                )),
-                Some(_) => Ok(superblock),
-                None => {
-                    dir.write_atomic(volume::NAME, &bytes)?;
-                    Ok(superblock)
-                }
+                    dir.root().display()
+                ),
+            )),
+            Some(_) => Ok(superblock),
+            None => {
+                dir.write_atomic(volume::NAME, &bytes)?;
+                Ok(superblock)
             }
-        }
+        },
         Err(Error::Store(StoreError::Unavailable { name, detail })) => match pinned {
             Some(bytes) => {
-                ::log::warn!("{name}: the store does not answer ({detail}); using the copy pinned on this host");
+                ::log::warn!(
+                    "{name}: the store does not answer ({detail}); using the copy pinned on this host"
+                );
                 UnverifiedSuperblock::parse(&bytes)?.verify(key)
             }
             None => Err(Error::Store(StoreError::Unavailable { name, detail })),

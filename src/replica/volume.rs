@@ -150,7 +150,11 @@ impl Volume {
     }
 
     /// Calls `done` when the commit is durable in the store, or cannot be within `timeout`.
-    pub fn when_remote(&self, timeout: Duration, done: Box<dyn FnOnce(std::result::Result<(), WaitError>) + Send>) {
+    pub fn when_remote(
+        &self,
+        timeout: Duration,
+        done: Box<dyn FnOnce(std::result::Result<(), WaitError>) + Send>,
+    ) {
         let commit = self.fs.sync_point();
         match &self.home {
             Some(home) => {
@@ -185,7 +189,7 @@ impl Volume {
     }
 }
 
-fn context(key: &KeyFile, superblock: &Superblock) -> Result<VolumeContext> {
+pub(super) fn context(key: &KeyFile, superblock: &Superblock) -> Result<VolumeContext> {
     let volume_key = key.volume_key().map_err(|e| Error::Refused(e.to_string()))?;
     Ok(VolumeContext {
         id: superblock.volume,
@@ -230,11 +234,8 @@ impl Parts<'_> {
         let remote = unsent.first().map_or(last_commit, |first| {
             sent.iter().rev().find(|s| s.head.seq < first.head.seq).map_or(CommitNo(0), |s| s.last_commit)
         });
-        let at = Position {
-            local: last_commit,
-            remote,
-            remote_head: sent.last().map(|segment| segment.head),
-        };
+        let at =
+            Position { local: last_commit, remote, remote_head: sent.last().map(|segment| segment.head) };
         let (protection, sync_timeout) = (self.options.protection, self.options.sync_timeout);
         let durable = Arc::new(Durable::new(protection, sync_timeout, env.clone(), at));
         durable.start_ticker(self.runtime);
@@ -356,8 +357,14 @@ impl Shipper {
                 this.on_sent(segment);
             }
         });
-        let uploader =
-            Uploader::start(self.runtime.clone(), store, self.durable.clone(), self.env.clone(), uploads, on_sent);
+        let uploader = Uploader::start(
+            self.runtime.clone(),
+            store,
+            self.durable.clone(),
+            self.env.clone(),
+            uploads,
+            on_sent,
+        );
         *self.uploader.lock() = Some(uploader);
     }
 
