@@ -134,7 +134,10 @@ impl Volume {
     /// Time of the newest commit, and of the newest one that the embassy holds.
     pub fn commit_times(&self) -> (Option<Timestamp>, Option<Timestamp>) {
         match &self.home {
-            Some(home) => (home.shipper.times.lock().newest, home.shipper.times.lock().remote),
+            Some(home) => {
+                let times = home.shipper.times.lock();
+                (times.newest, times.remote)
+            }
             None => (self.opened.map(|o| o.1), self.opened.map(|o| o.1)),
         }
     }
