@@ -184,8 +184,9 @@ impl Cached {
         let from = self.ranges.partition_point(|r| r.end < range.start);
         let to = self.ranges.partition_point(|r| r.start <= range.end);
         let start = self.ranges.get(from).map_or(range.start, |r| r.start.min(range.start));
-        let end = to.checked_sub(1).and_then(|i| self.ranges.get(i)).map_or(range.end, |r| r.end.max(range.end));
-        self.ranges.splice(from..to, [start..end]);
+        let end =
+            to.checked_sub(1).and_then(|i| self.ranges.get(i)).map_or(range.end, |r| r.end.max(range.end));
+        self.ranges.splice(from..to, std::iter::once(start..end));
     }
 
     fn remove(&mut self, range: &Range<u64>) {
@@ -246,7 +247,11 @@ mod tests {
             let (a, b) = ((state >> 33) % 64, (state >> 45) % 64);
             let range = a.min(b)..a.max(b);
             let add = state >> 60 > 7;
-            if add { cached.insert(range.clone()) } else { cached.remove(&range) }
+            if add {
+                cached.insert(range.clone())
+            } else {
+                cached.remove(&range)
+            }
             model[range.start as usize..range.end as usize].fill(add);
             let held: Vec<bool> = (0..64).map(|i| cached.covers(&(i..i + 1))).collect();
             assert_eq!(held, model);

@@ -104,7 +104,11 @@ impl FrameReader {
         let ranges = Ranges::open(&dir.index_path());
         let cached: HashSet<Seq> = dir.cache_segments()?.into_iter().collect();
         // An index without the file or a file without the index is worth nothing.
-        ranges.oldest_first().into_iter().filter(|seq| !cached.contains(seq)).for_each(|seq| ranges.forget(seq));
+        ranges
+            .oldest_first()
+            .into_iter()
+            .filter(|seq| !cached.contains(seq))
+            .for_each(|seq| ranges.forget(seq));
         for seq in cached.into_iter().filter(|seq| !ranges.contains(*seq)) {
             let path = dir.cache_path(seq);
             std::fs::remove_file(&path).map_err(Error::io(format!("remove {}", path.display())))?;
@@ -232,7 +236,8 @@ impl FrameReader {
 
     fn punch_dead(&self) {
         let mut dead = self.dead.lock();
-        let segments: Vec<Seq> = dead.ranges.keys().copied().filter(|seq| self.ranges.contains(*seq)).collect();
+        let segments: Vec<Seq> =
+            dead.ranges.keys().copied().filter(|seq| self.ranges.contains(*seq)).collect();
         for seq in segments {
             let ranges = dead.ranges.remove(&seq).unwrap_or_default();
             dead.count -= ranges.len();
@@ -407,8 +412,7 @@ impl FrameReader {
         let path = self.dir.cache_path(seq);
         let wrap = |e| Error::io(format!("write {}", path.display()))(e);
         make_parent(&path).map_err(wrap)?;
-        let file =
-            OpenOptions::new().write(true).create(true).truncate(false).open(&path).map_err(wrap)?;
+        let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path).map_err(wrap)?;
         let now = self.now();
         if !self.ranges.covers(seq, &HEADER_RANGE) {
             file.write_all_at(&header.encode(), 0).map_err(wrap)?;

@@ -147,7 +147,8 @@ impl UncheckedHeader {
     /// Takes the first [`HEADER_LEN`] bytes of `bytes` apart; `object` is for the message.
     pub fn parse(bytes: &[u8], object: &str) -> Result<UncheckedHeader> {
         let bad = |detail| Error::corrupt(object, detail);
-        let header = bytes.first_chunk::<HEADER_LEN>().ok_or_else(|| bad("too short for a segment header"))?;
+        let header =
+            bytes.first_chunk::<HEADER_LEN>().ok_or_else(|| bad("too short for a segment header"))?;
         let mut fields = Fields(header);
         if fields.bytes() != Some(HEADER_MAGIC) {
             return Err(bad("not a segment (wrong magic)"));
@@ -345,13 +346,7 @@ impl UncheckedTrailer {
 
     /// The trailer and the head it makes, once its signature is the writer's and it says of the object (its name's
     /// `seq`, its `size` in bytes) what is the case.
-    pub fn verify(
-        self,
-        ctx: &VolumeContext,
-        seq: Seq,
-        size: u64,
-        object: &str,
-    ) -> Result<(Trailer, Head)> {
+    pub fn verify(self, ctx: &VolumeContext, seq: Seq, size: u64, object: &str) -> Result<(Trailer, Head)> {
         let (signed, signature) = self.bytes.split_at(TRAILER_SIGNED);
         let signature = signature.first_chunk().expect("the trailer ends with a signature");
         if ctx.writer_public.verify(&signed_message(signed), signature).is_err() {

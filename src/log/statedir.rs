@@ -163,13 +163,8 @@ impl StateDir {
 
 fn lock(path: &Path) -> Result<File> {
     let wrap = |e| Error::io(format!("lock {}", path.display()))(e);
-    let mut file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(path)
-        .map_err(wrap)?;
+    let mut file =
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(wrap)?;
     // SAFETY: a system call on a descriptor that `file` keeps open; no memory is passed.
     let result = unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) };
     match check(result) {

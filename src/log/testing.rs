@@ -83,7 +83,8 @@ impl Store for MemoryStore {
             let wanted = all.iter().filter(|(name, _)| {
                 name.starts_with(prefix) && after.is_none_or(|after| name.as_str() > after)
             });
-            let info = |(name, body): (&String, &Bytes)| ObjectInfo { name: name.clone(), size: body.len() as u64 };
+            let info =
+                |(name, body): (&String, &Bytes)| ObjectInfo { name: name.clone(), size: body.len() as u64 };
             Some(wanted.take(limit).map(info).collect())
         })
     }

@@ -2,11 +2,12 @@
 //! Invariant: kept is a prefix of the frames that ends with a complete commit (or a root, which a checkpoint may
 //! stand on); bytes that were known durable are never cut off as a torn tail: if they do not open, that is damage.
 
-use super::closing::Ending;
 use super::chain::{Commit, trailer_of};
+use super::closing::Ending;
 use super::frame::{DeltaHeader, FRAME_OVERHEAD, PREFIX_LEN, Prefix};
 use super::segment::{
-    HEADER_LEN, Header, Index, IndexedCommit, SegmentCipher, TRAILER_LEN, Trailer, UncheckedHeader, VolumeContext,
+    HEADER_LEN, Header, Index, IndexedCommit, SegmentCipher, TRAILER_LEN, Trailer, UncheckedHeader,
+    VolumeContext,
 };
 use super::statedir::StateDir;
 use super::{ClosedSegment, Error, Result};
@@ -61,12 +62,7 @@ impl Torn {
             dir.sync_dir("log")?;
             return Ok(None);
         };
-        ::log::info!(
-            "{}: closed after a crash, {} of {} bytes kept",
-            path.display(),
-            self.end,
-            bytes.len()
-        );
+        ::log::info!("{}: closed after a crash, {} of {} bytes kept", path.display(), self.end, bytes.len());
         let mut hasher = Hasher::default();
         hasher.update(bytes.get(..self.end).unwrap_or_default());
         let end = self.end as u64;
@@ -91,7 +87,7 @@ pub(super) fn body_holds(trailer: &Trailer, bytes: &[u8]) -> bool {
 /// Finds what is whole of the segment in `bytes`, the contents of `path`.
 pub(super) fn scan(ctx: &VolumeContext, seq: Seq, bytes: &[u8], path: &Path) -> Result<Torn> {
     let object = path.display().to_string();
-    let head = bytes.get(..HEADER_LEN.min(bytes.len())).unwrap_or_default();
+    let head = bytes.get(..bytes.len().min(HEADER_LEN + HOLE_LEN)).unwrap_or_default();
     let header = match UncheckedHeader::parse(head, &object) {
         Ok(header) => header.verify(ctx, seq, &object)?,
         // The first write never reached the disk, or not whole.

@@ -229,7 +229,8 @@ impl LogWriter {
     pub fn close(&mut self) -> Result<Option<ClosedSegment>> {
         self.flush()?;
         let Some(open) = &self.open else { return Ok(None) };
-        let end = Ending { ctx: &self.ctx, prev: self.prev, last_commit: self.last_commit, stored: self.stored };
+        let end =
+            Ending { ctx: &self.ctx, prev: self.prev, last_commit: self.last_commit, stored: self.stored };
         let closing = end.bytes(
             *open.cipher.header(),
             &open.index,
@@ -246,7 +247,11 @@ impl LogWriter {
         }
         let durable =
             file.sync_data().map_err(Error::io(format!("sync {}", segment_name(seq)))).and_then(|()| {
-                if self.open.as_ref().is_some_and(|o| o.dir_synced) { Ok(()) } else { self.dir.sync_dir("log") }
+                if self.open.as_ref().is_some_and(|o| o.dir_synced) {
+                    Ok(())
+                } else {
+                    self.dir.sync_dir("log")
+                }
             });
         if let Err(e) = durable {
             self.latch(&e);
@@ -328,7 +333,8 @@ impl LogWriter {
     /// an error: everything that can fail, fails here.
     fn make_room(&mut self, bytes: usize, longest: usize) -> Result<()> {
         self.check_latch()?;
-        let full = self.open_len().max(HEADER_LEN as u64) + bytes as u64 + TRAILER_LEN as u64 > SEGMENT_LEN_MAX;
+        let full =
+            self.open_len().max(HEADER_LEN as u64) + bytes as u64 + TRAILER_LEN as u64 > SEGMENT_LEN_MAX;
         if longest > FRAME_PLAIN_MAX || full {
             return Err(Error::Refused(format!(
                 "{bytes} bytes do not fit the open segment ({} bytes); close it first",
