@@ -186,7 +186,7 @@ impl Cached {
         let start = self.ranges.get(from).map_or(range.start, |r| r.start.min(range.start));
         let end =
             to.checked_sub(1).and_then(|i| self.ranges.get(i)).map_or(range.end, |r| r.end.max(range.end));
-        self.ranges.splice(from..to, [start..end]);
+        self.ranges.splice(from..to, std::iter::once(start..end));
     }
 
     fn remove(&mut self, range: &Range<u64>) {

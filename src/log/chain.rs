@@ -13,7 +13,9 @@ use super::{CommitInfo, Error, Result};
 use crate::store::Store;
 use crate::types::{CommitNo, Epoch, FrameKind, Head, Seq, Timestamp};
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt};
+use futures::future::BoxFuture;
+use futures::stream::BoxStream;
+use futures::{FutureExt, StreamExt, TryStreamExt};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
@@ -119,6 +121,9 @@ impl Source<'_> {
     async fn end(&self, ctx: &VolumeContext, len: u64) -> Result<End> {
         let (tail, size) = self.suffix(len).await?;
         let object = self.object();
+        if tail.len() as u64 > size {
+            return Err(Error::corrupt(object, "the store sent more bytes than it says the object has"));
+        }
         let (trailer, head) =
             UncheckedTrailer::parse(&tail, &object)?.verify(ctx, self.seq, size, &object)?;
         Ok(End { trailer, head, size, tail })
@@ -254,6 +259,16 @@ pub(super) fn missing(seq: Seq, after: Seq) -> Error {
     )
 }
 
+/// Runs `ask` for all of `sources`, some of them at a time; the answers come in order.
+pub(super) fn windowed<'a, 's, T: Send + 'a>(
+    sources: &'a [Source<'s>],
+    ask: impl FnMut(&'a Source<'s>) -> BoxFuture<'a, Result<T>>,
+) -> BoxStream<'a, Result<T>> {
+    // Made here and not as they are polled: a closure kept in a stream would make the caller's future not `Send`.
+    let asked: Vec<_> = sources.iter().map(ask).collect();
+    futures::stream::iter(asked).buffered(WINDOW).boxed()
+}
+
 /// Which segments make up the chain, and what to say when it is followed to their end.
 pub(super) struct Members<'a> {
     pub sources: Vec<Source<'a>>,
@@ -284,11 +299,8 @@ pub(super) async fn members<'a>(
     if one_epoch {
         return Ok(Members { sources, damage: None });
     }
-    let ends: BTreeMap<Seq, End> = futures::stream::iter(&sources)
-        .map(|source| async move { Ok::<_, Error>((source.seq, source.trailer(ctx).await?)) })
-        .buffered(WINDOW)
-        .try_collect()
-        .await?;
+    let ends: Vec<End> = windowed(&sources, |source| source.trailer(ctx).boxed()).try_collect().await?;
+    let ends: BTreeMap<Seq, End> = ends.into_iter().map(|end| (end.trailer.seq(), end)).collect();
     let (chain, damage) = select(&ends, start);
     let sources = sources.into_iter().filter(|source| {
         let belongs = chain.contains(&source.seq);
@@ -360,20 +372,18 @@ pub async fn list_commits(ctx: &VolumeContext, store: &dyn Store) -> Result<Vec<
     if let Some(damage) = &members.damage {
         ::log::warn!("the list of versions ends early: {damage}");
     }
-    let mut ends = futures::stream::iter(&members.sources)
-        .map(|source| async move { Ok::<_, Error>((source, source.indexed(ctx).await?)) })
-        .buffered(WINDOW);
+    let mut ends = windowed(&members.sources, |source| source.indexed(ctx).boxed());
     let mut commits = Vec::new();
     let mut walk: Option<Walk> = None;
-    while let Some((source, (end, index))) = ends.try_next().await? {
+    while let Some((end, index)) = ends.try_next().await? {
         // The collector may have taken the beginning of the chain away: the first one left is where we start.
         let walk = walk.get_or_insert(Walk {
             head: end.trailer.prev,
             epoch: end.trailer.header.epoch,
             last_commit: CommitNo(0),
         });
-        walk.step(&end, &source.object())?;
-        let seq = source.seq;
+        let seq = end.trailer.seq();
+        walk.step(&end, &segment_name(seq))?;
         commits.extend(index.commits.iter().map(|c| CommitInfo { no: c.no, time: c.time, seq }));
     }
     Ok(commits)

@@ -40,6 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[allow(clippy::single_range_in_vec_init)]
     fn neighbours_travel_together_up_to_the_gap_and_the_size() {
         assert_eq!(coalesce(vec![100..200, 0..96, 150..160]), [0..200]);
         assert_eq!(coalesce(vec![0..10, GAP_MAX + 10..GAP_MAX + 20]), [0..GAP_MAX + 20]);

@@ -5,7 +5,7 @@
 //! end of the chain.
 
 use super::chain::{
-    ChainStart, Commit, Members, Place, Source, WINDOW, Walk, list_store, members, trailer_of,
+    ChainStart, Commit, Members, Place, Source, Walk, list_store, members, trailer_of, windowed,
 };
 use super::segment::{VolumeContext, segment_name};
 use super::statedir::StateDir;
@@ -15,7 +15,7 @@ use crate::clock::Env;
 use crate::store::{Store, StoreError};
 use crate::types::{CommitNo, Epoch, Head, Seq, Timestamp};
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt};
+use futures::{FutureExt, TryStreamExt};
 use std::collections::BTreeMap;
 
 /// What the one who recovers means to do.
@@ -207,7 +207,7 @@ async fn refuse_takeover(
     let taken_over = match theirs {
         // What lies behind the checkpoint may have left the spool; that it was ours, the checkpoint says.
         Some(theirs) if ours(theirs.seq).is_none() => fresh || theirs.seq >= start.replay_seq,
-        Some(theirs) => ours(theirs.seq) != Some(theirs),
+        Some(theirs) => fresh || ours(theirs.seq) != Some(theirs),
         None => fresh && start.prev.is_some(),
     };
     if !taken_over {
@@ -254,16 +254,15 @@ impl Replay {
     }
 
     async fn closed(&mut self, ctx: &VolumeContext, members: Members<'_>, apply: Apply<'_>) -> Result<()> {
-        let mut loaded = futures::stream::iter(&members.sources)
-            .map(|source| async move { Ok::<_, Error>((source, source.commits(ctx).await?)) })
-            .buffered(WINDOW);
-        while let Some((source, (end, commits))) = loaded.try_next().await? {
+        let mut loaded = windowed(&members.sources, |source| source.commits(ctx).boxed());
+        while let Some((end, commits)) = loaded.try_next().await? {
             let before = self.walk;
-            self.walk.step(&end, &source.object())?;
+            let object = segment_name(end.trailer.seq());
+            self.walk.step(&end, &object)?;
             self.segments_read += 1;
             let last_commit = self.walk.last_commit;
             self.walk.last_commit = before.last_commit;
-            self.apply(source.seq, &source.object(), &commits, apply)?;
+            self.apply(end.trailer.seq(), &object, &commits, apply)?;
             if self.stopped {
                 return Ok(());
             }

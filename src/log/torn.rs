@@ -87,7 +87,7 @@ pub(super) fn body_holds(trailer: &Trailer, bytes: &[u8]) -> bool {
 /// Finds what is whole of the segment in `bytes`, the contents of `path`.
 pub(super) fn scan(ctx: &VolumeContext, seq: Seq, bytes: &[u8], path: &Path) -> Result<Torn> {
     let object = path.display().to_string();
-    let head = bytes.get(..HEADER_LEN.min(bytes.len())).unwrap_or_default();
+    let head = bytes.get(..bytes.len().min(HEADER_LEN + HOLE_LEN)).unwrap_or_default();
     let header = match UncheckedHeader::parse(head, &object) {
         Ok(header) => header.verify(ctx, seq, &object)?,
         // The first write never reached the disk, or not whole.
