@@ -128,13 +128,13 @@ impl Status {
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let point = |p: &Option<CommitPoint>| match p {
-            Some(p) => format!("{} of {}", p.no, rfc3339::text(p.time)),
+            Some(p) => format!("commit {} of {}", p.no, rfc3339::text(p.time)),
             None => "none".into(),
         };
         writeln!(f, "{}: {}", self.mountpoint, self.headline())?;
         writeln!(f, "  last error    {}", self.last_error.as_deref().unwrap_or("none"))?;
-        writeln!(f, "  last durable  commit {}", point(&self.last_durable))?;
-        writeln!(f, "  last commit   commit {}", point(&self.last_commit))?;
+        writeln!(f, "  last durable  {}", point(&self.last_durable))?;
+        writeln!(f, "  last commit   {}", point(&self.last_commit))?;
         if self.role != "reader" {
             let level = match self.fallbacks {
                 0 => self.protection.clone(),
