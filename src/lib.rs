@@ -16,9 +16,15 @@
 //! | `crypto` | keys, slots, sealing, signing, hashing |
 //! | `types`, `clock` | the shared vocabulary, time and randomness |
 
+pub mod cache;
+pub mod cli;
 pub mod clock;
 pub mod crypto;
+pub mod fs;
+pub mod fuse;
 pub mod log;
+pub mod ops;
+pub mod replica;
 pub mod store;
 pub mod tree;
 pub mod types;

@@ -2,9 +2,11 @@
 //! Invariant: a secret is zeroed when it is dropped and never printed; every key has one purpose, named by the
 //! BLAKE3 context it was derived under.
 
+pub mod keyfile;
 pub mod keys;
 pub mod seal;
 pub mod sign;
+pub mod slots;
 
 use crate::types::Hash;
 

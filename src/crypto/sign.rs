@@ -4,6 +4,7 @@
 use crate::clock::Env;
 use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 use std::fmt;
+use zeroize::Zeroizing;
 
 /// Length of a signature in bytes.
 pub const SIGNATURE_LEN: usize = 64;
@@ -24,7 +25,8 @@ pub struct BadSignature;
 impl SecretKey {
     /// Draws a new key.
     pub fn generate(env: &Env) -> SecretKey {
-        SecretKey(SigningKey::from_bytes(&env.random_bytes()))
+        let bytes = Zeroizing::new(env.random_bytes());
+        SecretKey(SigningKey::from_bytes(&bytes))
     }
 
     /// Takes the 32 secret bytes of a key file.

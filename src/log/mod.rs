@@ -2,6 +2,21 @@
 //! Invariant: what is recovered is a prefix of what was appended; a frame opens only at the place and as the kind
 //! it was sealed for. The bytes are described in `docs/format.md` and nowhere else.
 
+pub mod chain;
+mod closing;
+mod frame;
+mod gather;
+mod index;
+pub mod reader;
+pub mod recovery;
+pub mod segment;
+pub mod statedir;
+#[cfg(test)]
+mod testing;
+mod torn;
+pub mod volume;
+pub mod writer;
+
 use crate::store::StoreError;
 use crate::types::{CommitNo, FrameKind, FramePtr, Seq, Timestamp};
 use bytes::Bytes;
@@ -63,7 +78,8 @@ impl Error {
 
     /// True when the local disk has no room.
     pub fn is_no_space(&self) -> bool {
-        matches!(self, Error::Io { source, .. } if source.raw_os_error() == Some(libc::ENOSPC))
+        let full = [Some(libc::ENOSPC), Some(libc::EDQUOT)];
+        matches!(self, Error::Io { source, .. } if full.contains(&source.raw_os_error()))
     }
 }
 

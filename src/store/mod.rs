@@ -1,6 +1,15 @@
 //! A bucket: the contract that every store, real or for tests, keeps. The layers above know nothing else of it.
 //! Invariant: an object, once there, never changes; only the collector's identity deletes.
 
+pub mod fault;
+pub mod local;
+pub mod memory;
+pub mod open;
+pub mod remote;
+pub mod retry;
+
+pub use open::open;
+
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use std::ops::Range;
@@ -20,8 +29,9 @@ pub enum StoreError {
         /// Object name.
         name: String,
     },
-    /// The store refused for good (credentials, permission, bad configuration): retrying does not help.
-    #[error("{name}: the store refused: {detail}")]
+    /// Refused for good (credentials, permission, bad configuration, a request that cannot be met): retrying does
+    /// not help until somebody changes something.
+    #[error("{name}: refused: {detail}")]
     Denied {
         /// Object name.
         name: String,
@@ -39,6 +49,59 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    /// A [`StoreError::NotFound`] about `name`.
+    pub fn not_found(name: &str) -> StoreError {
+        StoreError::NotFound { name: name.to_owned() }
+    }
+
+    /// A [`StoreError::AlreadyExists`] about `name`.
+    pub fn already_exists(name: &str) -> StoreError {
+        StoreError::AlreadyExists { name: name.to_owned() }
+    }
+
+    /// A [`StoreError::Denied`] about `name`.
+    pub fn denied(name: &str, detail: impl ToString) -> StoreError {
+        StoreError::Denied { name: name.to_owned(), detail: detail.to_string() }
+    }
+
+    /// A [`StoreError::Unavailable`] about `name`.
+    pub fn unavailable(name: &str, detail: impl ToString) -> StoreError {
+        StoreError::Unavailable { name: name.to_owned(), detail: detail.to_string() }
+    }
+
+    /// True when the same request may succeed later without anybody doing anything.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, StoreError::Unavailable { .. })
+    }
+}
+
+/// Refuses a name that is not an object's: one or two parts of `[a-z0-9.~-]`, none of them empty or opening with a
+/// dot (such names are the adapters' own: `.tmp`, and nothing climbs with `..`).
+pub(crate) fn check_name(name: &str) -> Result<(), StoreError> {
+    let good_part = |part: &str| {
+        !part.is_empty()
+            && !part.starts_with('.')
+            && part.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'~' | b'-'))
+    };
+    if name.split('/').count() <= 2 && name.split('/').all(good_part) {
+        return Ok(());
+    }
+    Err(StoreError::denied(
+        name,
+        "not an object name: one or two parts of [a-z0-9.~-], none opening with a dot",
+    ))
+}
+
+/// Refuses a range that does not lie within an object of `size` bytes: [`Store::get_range`] never answers short.
+pub(crate) fn check_range(name: &str, range: &Range<u64>, size: u64) -> Result<(), StoreError> {
+    if range.start <= range.end && range.end <= size {
+        return Ok(());
+    }
+    let detail = format!("bytes {}..{} were asked for; the object has {size}", range.start, range.end);
+    Err(StoreError::denied(name, detail))
+}
+
 /// Name and size of an object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ObjectInfo {
@@ -48,18 +111,21 @@ pub struct ObjectInfo {
     pub size: u64,
 }
 
-/// The contract. Names are relative to the volume's prefix, of `[a-z0-9/.~-]`. Every call ends within the adapter's
-/// own bound (see [`crate::store::retry`] for retries on top); a dropped future may or may not have taken effect.
+/// The contract. Names are relative to the volume's prefix: one or two parts of `[a-z0-9.~-]` with `/` between them,
+/// no part opening with a dot; any other name is `Denied`, and an object with such a name is not listed. Every call
+/// ends within the adapter's own bound (see [`crate::store::retry`] for retries on top); a dropped future may or may
+/// not have taken effect. Futures are polled on a tokio runtime.
 pub trait Store: Send + Sync {
     /// Creates `name` with `body` if no object has that name; durable in the store when it returns `Ok`.
     /// Never overwrites, also when two race: exactly one wins, the other gets `AlreadyExists`.
     fn put_new(&self, name: &str, body: Bytes) -> BoxFuture<'_, Result<(), StoreError>>;
-    /// Bytes `range` of the object. A range that reaches past the end is an error (`Unavailable` never: `NotFound`
-    /// when the object is missing, `Denied` when it is too short), never short data.
+    /// Bytes `range` of the object: all of them or an error, never short data. `NotFound` when the object is missing,
+    /// `Denied` when the range reaches past its end. An empty range only asks whether it would be met.
     fn get_range(&self, name: &str, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, StoreError>>;
     /// The last `len` bytes of the object (all of it when it is shorter), and its whole size in bytes.
     fn get_suffix(&self, name: &str, len: u64) -> BoxFuture<'_, Result<(Bytes, u64), StoreError>>;
-    /// At most `limit` objects whose names start with `prefix` and are greater than `after`, in name order.
+    /// At most `limit` objects whose names start with `prefix` and are greater than `after`, in the order of
+    /// their names' bytes. Fewer than `limit` means that there are no more.
     fn list(
         &self,
         prefix: &str,

@@ -1,0 +1,286 @@
+//! Which byte ranges of which segments are cached on this host's disk, and when they were last used. The working
+//! copy is in memory; `sled` keeps it over restarts, written in batches.
+//! Invariant: the ranges of a segment are sorted, apart and not empty. The database holds hints only: if it is
+//! lost, damaged or cannot be written, caching goes on in memory and the cached files are fetched again.
+
+use crate::types::Seq;
+use parking_lot::Mutex;
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
+use std::path::Path;
+
+/// Changes are written to the database when this many segments have some.
+const BATCH: usize = 256;
+const SLED_CACHE_BYTES: u64 = 8 << 20;
+const SLED_FLUSH_MS: u64 = 5_000;
+const VERSION: u8 = 1;
+
+/// The index of cached ranges.
+pub struct Ranges {
+    db: Option<sled::Db>,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    segments: HashMap<Seq, Cached>,
+    changed: HashSet<Seq>,
+    bytes: u64,
+}
+
+#[derive(Default, Clone, Debug, PartialEq, Eq)]
+struct Cached {
+    ranges: Vec<Range<u64>>,
+    last_used: u64,
+}
+
+impl Ranges {
+    /// Opens the database at `path` and reads it; starts afresh when it cannot be read.
+    pub fn open(path: &Path) -> Ranges {
+        let open = || {
+            sled::Config::new()
+                .path(path)
+                .cache_capacity(SLED_CACHE_BYTES)
+                .flush_every_ms(Some(SLED_FLUSH_MS))
+                .mode(sled::Mode::LowSpace)
+                .open()
+        };
+        let db = open()
+            .or_else(|e| {
+                ::log::warn!("{}: {e}; the index of the cache starts afresh", path.display());
+                let _ = std::fs::remove_dir_all(path);
+                open()
+            })
+            .inspect_err(|e| ::log::warn!("{}: {e}; the cache will be forgotten at exit", path.display()))
+            .ok();
+        let mut inner = Inner::default();
+        for (key, value) in db.iter().flat_map(|db| db.iter()).filter_map(Result::ok) {
+            if let (Ok(key), Some(cached)) = (<[u8; 8]>::try_from(&*key), Cached::decode(&value)) {
+                inner.bytes += cached.bytes();
+                inner.segments.insert(Seq(u64::from_be_bytes(key)), cached);
+            }
+        }
+        Ranges { db, inner: Mutex::new(inner) }
+    }
+
+    /// True when all of `range` of the segment is cached.
+    pub fn covers(&self, seq: Seq, range: &Range<u64>) -> bool {
+        self.inner.lock().segments.get(&seq).is_some_and(|cached| cached.covers(range))
+    }
+
+    /// Notes that the segment was used at `now` (seconds; only the order matters).
+    pub fn touch(&self, seq: Seq, now: u64) {
+        let mut inner = self.inner.lock();
+        if let Some(cached) = inner.segments.get_mut(&seq).filter(|c| c.last_used < now) {
+            cached.last_used = now;
+            self.changed(&mut inner, seq);
+        }
+    }
+
+    /// Notes that `range` of the segment is cached, used at `now`.
+    pub fn insert(&self, seq: Seq, range: Range<u64>, now: u64) {
+        let mut inner = self.inner.lock();
+        let cached = inner.segments.entry(seq).or_default();
+        let before = cached.bytes();
+        cached.insert(range);
+        cached.last_used = cached.last_used.max(now);
+        let added = cached.bytes() - before;
+        inner.bytes += added;
+        self.changed(&mut inner, seq);
+    }
+
+    /// Notes that `range` of the segment is not cached any more; returns how many bytes of it were.
+    pub fn remove(&self, seq: Seq, range: &Range<u64>) -> u64 {
+        let mut inner = self.inner.lock();
+        let Some(cached) = inner.segments.get_mut(&seq) else { return 0 };
+        let before = cached.bytes();
+        cached.remove(range);
+        let removed = before - cached.bytes();
+        inner.bytes -= removed;
+        self.changed(&mut inner, seq);
+        removed
+    }
+
+    /// Forgets the segment.
+    pub fn forget(&self, seq: Seq) {
+        let mut inner = self.inner.lock();
+        if let Some(cached) = inner.segments.remove(&seq) {
+            inner.bytes -= cached.bytes();
+            self.changed(&mut inner, seq);
+        }
+    }
+
+    /// True when anything of the segment is cached, or was before its ranges were removed one by one.
+    pub fn contains(&self, seq: Seq) -> bool {
+        self.inner.lock().segments.contains_key(&seq)
+    }
+
+    /// Bytes cached in all.
+    pub fn bytes(&self) -> u64 {
+        self.inner.lock().bytes
+    }
+
+    /// The segments that have cached ranges, the one to evict first in front.
+    pub fn oldest_first(&self) -> Vec<Seq> {
+        let inner = self.inner.lock();
+        let mut all: Vec<(u64, Seq)> = inner.segments.iter().map(|(seq, c)| (c.last_used, *seq)).collect();
+        all.sort_unstable();
+        all.into_iter().map(|(_, seq)| seq).collect()
+    }
+
+    /// Writes what changed to the database.
+    pub fn flush(&self) {
+        let mut inner = self.inner.lock();
+        self.write(&mut inner);
+    }
+
+    fn changed(&self, inner: &mut Inner, seq: Seq) {
+        inner.changed.insert(seq);
+        if inner.changed.len() >= BATCH {
+            self.write(inner);
+        }
+    }
+
+    fn write(&self, inner: &mut Inner) {
+        let changed = std::mem::take(&mut inner.changed);
+        let Some(db) = &self.db else { return };
+        let mut batch = sled::Batch::default();
+        for seq in changed {
+            match inner.segments.get(&seq) {
+                Some(cached) => batch.insert(&seq.0.to_be_bytes(), cached.encode()),
+                None => batch.remove(&seq.0.to_be_bytes()),
+            }
+        }
+        if let Err(e) = db.apply_batch(batch) {
+            ::log::warn!("the index of the cache was not written: {e}");
+        }
+    }
+}
+
+impl Drop for Ranges {
+    fn drop(&mut self) {
+        self.flush();
+        if let Some(Err(e)) = self.db.as_ref().map(|db| db.flush()) {
+            ::log::warn!("the index of the cache was not flushed: {e}");
+        }
+    }
+}
+
+impl Cached {
+    fn bytes(&self) -> u64 {
+        self.ranges.iter().map(|r| r.end - r.start).sum()
+    }
+
+    fn covers(&self, range: &Range<u64>) -> bool {
+        let at = self.ranges.partition_point(|r| r.end <= range.start);
+        range.is_empty() || self.ranges.get(at).is_some_and(|r| r.start <= range.start && range.end <= r.end)
+    }
+
+    fn insert(&mut self, range: Range<u64>) {
+        if range.is_empty() {
+            return;
+        }
+        // Those that touch the new one melt into it.
+        let from = self.ranges.partition_point(|r| r.end < range.start);
+        let to = self.ranges.partition_point(|r| r.start <= range.end);
+        let start = self.ranges.get(from).map_or(range.start, |r| r.start.min(range.start));
+        let end =
+            to.checked_sub(1).and_then(|i| self.ranges.get(i)).map_or(range.end, |r| r.end.max(range.end));
+        self.ranges.splice(from..to, std::iter::once(start..end));
+    }
+
+    fn remove(&mut self, range: &Range<u64>) {
+        if range.is_empty() {
+            return;
+        }
+        let from = self.ranges.partition_point(|r| r.end <= range.start);
+        let to = self.ranges.partition_point(|r| r.start < range.end);
+        let left: Vec<Range<u64>> = self
+            .ranges
+            .get(from..to)
+            .unwrap_or_default()
+            .iter()
+            .flat_map(|r| [r.start..range.start.min(r.end), range.end.max(r.start)..r.end])
+            .filter(|r| !r.is_empty())
+            .collect();
+        self.ranges.splice(from..to, left);
+    }
+
+    fn encode(&self) -> Vec<u8> {
+        let mut out = vec![VERSION];
+        out.extend_from_slice(&self.last_used.to_le_bytes());
+        for range in &self.ranges {
+            out.extend_from_slice(&range.start.to_le_bytes());
+            out.extend_from_slice(&range.end.to_le_bytes());
+        }
+        out
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Cached> {
+        let bytes = bytes.strip_prefix(&[VERSION])?;
+        let (last_used, mut rest) = bytes.split_first_chunk::<8>()?;
+        let mut cached = Cached { ranges: Vec::new(), last_used: u64::from_le_bytes(*last_used) };
+        while let Some((start, more)) = rest.split_first_chunk::<8>() {
+            let (end, more) = more.split_first_chunk::<8>()?;
+            let range = u64::from_le_bytes(*start)..u64::from_le_bytes(*end);
+            if range.is_empty() || cached.ranges.last().is_some_and(|last| last.end >= range.start) {
+                return None;
+            }
+            cached.ranges.push(range);
+            rest = more;
+        }
+        rest.is_empty().then_some(cached)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_melt_together_and_come_apart_like_a_set_of_bytes() {
+        let mut cached = Cached::default();
+        let mut model = [false; 64];
+        let mut state = 12345u64;
+        for _ in 0..5000 {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            let (a, b) = ((state >> 33) % 64, (state >> 45) % 64);
+            let range = a.min(b)..a.max(b);
+            let add = state >> 60 > 7;
+            if add {
+                cached.insert(range.clone())
+            } else {
+                cached.remove(&range)
+            }
+            model[range.start as usize..range.end as usize].fill(add);
+            let held: Vec<bool> = (0..64).map(|i| cached.covers(&(i..i + 1))).collect();
+            assert_eq!(held, model);
+            assert_eq!(cached.bytes(), model.iter().filter(|b| **b).count() as u64);
+            assert!(cached.ranges.windows(2).all(|w| w[0].end < w[1].start));
+            let whole = (a.min(b)..=a.max(b)).all(|i| model[i as usize]);
+            assert_eq!(cached.covers(&(a.min(b)..a.max(b) + 1)), whole);
+        }
+        assert_eq!(Cached::decode(&cached.encode()), Some(cached));
+    }
+
+    #[test]
+    fn what_is_cached_is_known_after_a_restart_and_damage_costs_only_the_cache() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("index.sled");
+        let ranges = Ranges::open(&path);
+        ranges.insert(Seq(7), 0..100, 5);
+        ranges.insert(Seq(8), 50..60, 3);
+        ranges.insert(Seq(9), 0..1, 1);
+        ranges.forget(Seq(9));
+        assert_eq!(ranges.remove(Seq(7), &(90..200)), 10);
+        drop(ranges);
+        let ranges = Ranges::open(&path);
+        assert!(ranges.covers(Seq(7), &(0..90)) && !ranges.covers(Seq(7), &(0..91)));
+        assert_eq!((ranges.bytes(), ranges.oldest_first()), (100, vec![Seq(8), Seq(7)]));
+        ranges.touch(Seq(8), 9);
+        assert_eq!(ranges.oldest_first(), [Seq(7), Seq(8)]);
+        drop(ranges);
+        std::fs::remove_dir_all(&path).unwrap();
+        assert_eq!(Ranges::open(&path).bytes(), 0);
+    }
+}

@@ -1,0 +1,355 @@
+//! Mount options (`-o`), and the values that options and flags share: sizes, durations, points in time.
+//! Invariant: an option that is not known is refused by name; none is ignored silently, except those that belong to
+//! mount(8) and systemd.
+
+use super::exit::Failure;
+use crate::ops::status::rfc3339;
+use crate::types::{CommitNo, Timestamp};
+use std::time::Duration;
+
+/// What `fsync` waits for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Protection {
+    /// The embassy holds it, or fsync fails.
+    Strict,
+    /// The embassy holds it; after `sync_timeout` the local spool will do, loudly.
+    #[default]
+    Available,
+    /// The local spool holds it.
+    Local,
+}
+
+impl Protection {
+    /// The level as options and status spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Protection::Strict => "strict",
+            Protection::Available => "available",
+            Protection::Local => "local",
+        }
+    }
+
+    fn parse(text: &str) -> Result<Protection, String> {
+        [Protection::Strict, Protection::Available, Protection::Local]
+            .into_iter()
+            .find(|p| p.name() == text)
+            .ok_or_else(|| format!("'{text}' is not one of strict, available, local"))
+    }
+}
+
+/// A point in the history of a volume.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum At {
+    /// The commit with this number.
+    Commit(CommitNo),
+    /// The newest commit that was made at or before this time.
+    Time(Timestamp),
+}
+
+/// Everything `-o` can say, with its default.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MountOptions {
+    /// `protection=`
+    pub protection: Protection,
+    /// `sync_timeout=`
+    pub sync_timeout: Duration,
+    /// `cache_size=`: local disk for what the store holds as well.
+    pub cache_size: u64,
+    /// `memory_size=`: opened frames in memory.
+    pub memory_size: u64,
+    /// `dirty_size=`: written, not yet committed bytes in memory.
+    pub dirty_size: u64,
+    /// `uploads=`: segments on their way at once.
+    pub uploads: u32,
+    /// `size=`: the most the volume may hold.
+    pub size_limit: Option<u64>,
+    /// `fsname=`
+    pub fsname: Option<String>,
+    /// `allow_other`
+    pub allow_other: bool,
+    /// `ro`
+    pub read_only: bool,
+    /// `suid`
+    pub suid: bool,
+    /// `dev`
+    pub dev: bool,
+    /// `exec`
+    pub exec: bool,
+    /// `atime`
+    pub atime: bool,
+    /// `read_ahead=`
+    pub read_ahead: u64,
+}
+
+impl Default for MountOptions {
+    fn default() -> MountOptions {
+        MountOptions {
+            protection: Protection::default(),
+            sync_timeout: Duration::from_secs(30),
+            cache_size: 10 << 30,
+            memory_size: 128 << 20,
+            dirty_size: 64 << 20,
+            uploads: 4,
+            size_limit: None,
+            fsname: None,
+            allow_other: false,
+            read_only: false,
+            suid: false,
+            dev: false,
+            exec: true,
+            atime: false,
+            read_ahead: 1 << 20,
+        }
+    }
+}
+
+/// The options that take effect, for messages and the manual.
+pub const KNOWN: &[(&str, &str)] = &[
+    ("protection=LEVEL", "strict, available (default) or local: what fsync waits for"),
+    ("sync_timeout=TIME", "how long fsync waits for the embassy (default 30s)"),
+    ("cache_size=SIZE", "local disk used as cache (default 10G); unsent data is never evicted"),
+    ("memory_size=SIZE", "memory for opened data (default 128M)"),
+    ("dirty_size=SIZE", "memory for data not yet committed (default 64M)"),
+    ("uploads=N", "segments on their way to the store at once (default 4)"),
+    ("size=SIZE", "the most the volume may hold (default: no limit)"),
+    ("fsname=TEXT", "source shown in the mount table (default embassyfs:NAME)"),
+    ("allow_other", "other users may enter; permissions are checked as on a local disk"),
+    ("default_permissions", "always on; accepted for the habit's sake"),
+    ("ro, rw", "read-only, read-write"),
+    ("exec, noexec", "programs can be run from the mount (default exec)"),
+    ("suid, nosuid", "set-user-id bits count (default nosuid)"),
+    ("dev, nodev", "device files work (default nodev)"),
+    ("atime, relatime, noatime", "access times are kept (default noatime)"),
+    ("read_ahead=SIZE", "how far the kernel reads ahead (default 1M)"),
+];
+
+/// Words that are for mount(8), libmount or systemd; the mount helper may see them.
+const FOREIGN: &[&str] = &[
+    "_netdev",
+    "auto",
+    "noauto",
+    "defaults",
+    "nofail",
+    "user",
+    "nouser",
+    "users",
+    "group",
+    "owner",
+    "async",
+    "diratime",
+    "nodiratime",
+    "loud",
+    "silent",
+    "nostrictatime",
+    "nolazytime",
+];
+const FOREIGN_PREFIXES: &[&str] = &["x-", "X-", "comment=", "uhelper=", "helper="];
+
+impl MountOptions {
+    /// Applies a comma-separated list; a later word wins over an earlier one.
+    pub fn apply(&mut self, list: &str) -> Result<(), Failure> {
+        list.split(',')
+            .map(str::trim)
+            .filter(|word| !word.is_empty())
+            .try_for_each(|word| self.apply_one(word))
+    }
+
+    /// Applies one option, `name` or `name=value`.
+    pub fn apply_one(&mut self, word: &str) -> Result<(), Failure> {
+        match word.split_once('=') {
+            Some((name, value)) => self.apply_value(word, name, value),
+            None => self.apply_switch(word),
+        }
+    }
+
+    fn apply_switch(&mut self, word: &str) -> Result<(), Failure> {
+        match word {
+            "allow_other" => self.allow_other = true,
+            "default_permissions" => {}
+            "ro" | "rw" => self.read_only = word == "ro",
+            "exec" | "noexec" => self.exec = word == "exec",
+            "suid" | "nosuid" => self.suid = word == "suid",
+            "dev" | "nodev" => self.dev = word == "dev",
+            "atime" | "relatime" | "strictatime" => self.atime = true,
+            "noatime" | "norelatime" => self.atime = false,
+            "remount" => {
+                return Err(Failure::usage("option 'remount' is not supported")
+                    .hint("unmount and mount again with the new options"));
+            }
+            _ if is_foreign(word) => {}
+            _ => return Err(unknown(word)),
+        }
+        Ok(())
+    }
+
+    fn apply_value(&mut self, word: &str, name: &str, value: &str) -> Result<(), Failure> {
+        let bad = |why: String| Failure::usage(format!("option '{name}': {why}"));
+        match name {
+            "protection" => self.protection = Protection::parse(value).map_err(bad)?,
+            "sync_timeout" => self.sync_timeout = parse_duration(value).map_err(bad)?,
+            "cache_size" => self.cache_size = parse_size(value).map_err(bad)?,
+            "memory_size" => self.memory_size = parse_size(value).map_err(bad)?,
+            "dirty_size" => self.dirty_size = parse_size(value).map_err(bad)?,
+            "size" => self.size_limit = Some(parse_size(value).map_err(bad)?),
+            "read_ahead" => self.read_ahead = parse_size(value).map_err(bad)?,
+            "uploads" => {
+                self.uploads = match value.parse() {
+                    Ok(n @ 1..=64) => n,
+                    _ => return Err(bad(format!("'{value}' is not a number from 1 to 64"))),
+                }
+            }
+            "fsname" if value.is_empty() || !crate::fuse::table::is_plain_value(value.as_ref()) => {
+                return Err(bad("must be text without commas and control characters".into()));
+            }
+            "fsname" => self.fsname = Some(value.into()),
+            _ if is_foreign(word) => {}
+            _ => return Err(unknown(name)),
+        }
+        Ok(())
+    }
+}
+
+fn is_foreign(word: &str) -> bool {
+    FOREIGN.contains(&word) || FOREIGN_PREFIXES.iter().any(|p| word.starts_with(p))
+}
+
+fn unknown(name: &str) -> Failure {
+    let known: Vec<&str> = KNOWN.iter().map(|(name, _)| *name).collect();
+    Failure::usage(format!("unknown mount option '{name}'")).hint(format!("known are: {}", known.join(", ")))
+}
+
+/// A number of bytes: `4096`, `64K`, `1.5G`, `10GiB`. Suffixes are powers of 1024.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let bad = || format!("'{text}' is not a size like 4096, 512K, 64M or 10G");
+    let lower = text.trim().to_ascii_lowercase();
+    let number = lower.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = lower.get(number.len()..).unwrap_or_default();
+    let unit = unit.strip_suffix("ib").or_else(|| unit.strip_suffix('b')).unwrap_or(unit);
+    let shift = match unit {
+        "" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        "p" => 50,
+        _ => return Err(bad()),
+    };
+    let (whole, fraction) = number.trim_end().split_once('.').unwrap_or((number.trim_end(), "0"));
+    let digits = |s: &str| !s.is_empty() && s.len() <= 18 && s.bytes().all(|b| b.is_ascii_digit());
+    if !digits(whole) || !digits(fraction) {
+        return Err(bad());
+    }
+    let whole: u64 = whole.parse().map_err(|_| bad())?;
+    let scale = 10u128.pow(fraction.len() as u32);
+    let fraction: u128 = fraction.parse().map_err(|_| bad())?;
+    let bytes = (u128::from(whole) << shift) + (fraction << shift) / scale;
+    u64::try_from(bytes).map_err(|_| format!("'{text}' is too large"))
+}
+
+/// A duration: `30` (seconds), `1.5`, `500ms`, `30s`, `5m`, `1h 30m`.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let bad = || format!("'{text}' is not a time like 30s, 500ms, 5m or 1h30m");
+    let text = text.trim();
+    if text.starts_with(|c: char| c.is_ascii_digit()) && text.bytes().all(|b| b.is_ascii_digit() || b == b'.')
+    {
+        let seconds: f64 = text.parse().map_err(|_| bad())?;
+        return Duration::try_from_secs_f64(seconds).ok().filter(is_sane).ok_or_else(bad);
+    }
+    let parsed: jiff::SignedDuration = text.parse().map_err(|_| bad())?;
+    Duration::try_from(parsed).ok().filter(is_sane).ok_or_else(bad)
+}
+
+/// Longer waits are typing errors, and would overflow sums with the clock.
+fn is_sane(d: &Duration) -> bool {
+    *d <= Duration::from_secs(366 * 86_400)
+}
+
+/// A point in the history: a commit number, an RFC 3339 time, or `@seconds` since 1970.
+pub fn parse_at(text: &str) -> Result<At, String> {
+    if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) {
+        let no: u64 = text.parse().map_err(|_| format!("'{text}' is too large for a commit number"))?;
+        return Ok(At::Commit(CommitNo(no)));
+    }
+    rfc3339::parse(text).map(At::Time).map_err(|_| {
+        format!(
+            "'{text}' is neither a commit number, nor a time with its offset such as 2025-01-31T12:00:00Z, nor @seconds"
+        )
+    })
+}
+
+/// A store option, `name=value`.
+pub fn parse_pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.into(), value.into())),
+        _ => Err("must be NAME=VALUE".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        let good = [
+            ("0", 0),
+            ("4096", 4096),
+            ("64k", 65536),
+            ("1.5G", 3 << 29),
+            ("10GiB", 10 << 30),
+            ("2MB", 2 << 20),
+            ("16383P", 16383 << 50),
+        ];
+        for (text, bytes) in good {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "K", "-1", "1x", "1.", ".5G", "99999P", "1e3", "1 000", "0x10", "12Q"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn durations() {
+        for (text, ms) in
+            [("30", 30_000), ("1.5", 1500), ("500ms", 500), ("5m", 300_000), ("1h30m", 5_400_000)]
+        {
+            assert_eq!(parse_duration(text), Ok(Duration::from_millis(ms)), "{text}");
+        }
+        for text in ["", "-1s", "x", "1e99", "99999999999999", "nan", "10y"] {
+            assert!(parse_duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn points_in_time() {
+        assert_eq!(parse_at("17"), Ok(At::Commit(CommitNo(17))));
+        assert_eq!(parse_at("@17"), Ok(At::Time(Timestamp { secs: 17, nanos: 0 })));
+        assert_eq!(parse_at("1970-01-01T02:00:00+02:00"), Ok(At::Time(Timestamp::default())));
+        for text in ["", "-5", "yesterday", "2025-01-01", "99999999999999999999999"] {
+            assert!(parse_at(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn later_options_win_and_foreign_ones_do_nothing() {
+        let mut options = MountOptions::default();
+        let list =
+            "ro,rw,defaults,_netdev,x-systemd.automount,comment=a=b,noexec,suid,protection=strict,uploads=2";
+        options.apply(list).expect("all known");
+        assert!(!options.read_only && !options.exec && options.suid);
+        assert_eq!((options.protection, options.uploads), (Protection::Strict, 2));
+    }
+
+    #[test]
+    fn an_unknown_option_is_named_with_the_known_ones() {
+        for list in
+            ["rw,cachesize=5", "cachesize", "protection=loose", "uploads=0", "cache_size=big", "remount"]
+        {
+            let failure = MountOptions::default().apply(list).expect_err(list);
+            let name = list.rsplit(',').next().and_then(|w| w.split('=').next()).expect("a word");
+            assert!(failure.to_string().contains(&format!("'{name}'")), "{failure}");
+        }
+        let text = MountOptions::default().apply("nope").expect_err("unknown").to_string();
+        assert!(text.contains("cache_size=SIZE") && text.contains("allow_other"));
+    }
+}

@@ -1,0 +1,251 @@
+//! Where the command line meets the volume: the requests it makes and what it gets back.
+//! Invariant: nothing here prints or exits; every error comes back as a [`Failure`] with its exit code.
+
+use super::exit::{ExitCode, Failure};
+use super::options::{At, Protection};
+use super::session::{MountControl, Session};
+use crate::clock::Env;
+use crate::crypto::keyfile::{KeyFile, Role};
+use crate::crypto::slots::Argon2Params;
+use crate::fuse::mount::MountSettings;
+use crate::log::volume::Parameters;
+use crate::log::{CommitInfo, Error};
+use crate::ops::control::Control;
+use crate::ops::status::{CommitPoint, Status, StoreStatus};
+use crate::ops::{self, init::InitError};
+use crate::replica::volume::{OpenOptions, Volume};
+use crate::replica::{Version, durable, listing};
+use crate::store::{self, Store, StoreError};
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::runtime::{Builder, Runtime};
+use zeroize::Zeroizing;
+
+/// Threads for the store's traffic and for requests that had to wait.
+const WORKERS: usize = 2;
+
+/// What opening a volume needs.
+#[derive(Clone, Debug)]
+pub struct OpenRequest {
+    /// URL of the store.
+    pub store_url: String,
+    /// Its options, which may hold credentials.
+    pub store_options: BTreeMap<String, String>,
+    /// Key file.
+    pub key: PathBuf,
+    /// State directory; it exists.
+    pub state: PathBuf,
+    /// Open as a reader.
+    pub read_only: bool,
+    /// The commit to show (readers only); the newest without it.
+    pub at: Option<At>,
+    /// What fsync waits for.
+    pub protection: Protection,
+    /// How long fsync waits for the store.
+    pub sync_timeout: Duration,
+    /// Bound on the local disk cache, in bytes.
+    pub cache_size: u64,
+    /// Bound on opened frames in memory, in bytes.
+    pub memory_size: u64,
+    /// Bound on written, not yet committed data in memory, in bytes.
+    pub dirty_size: u64,
+    /// Segments uploaded at once.
+    pub uploads: u32,
+    /// Bound on what the volume may hold, in bytes.
+    pub size_limit: Option<u64>,
+}
+
+/// An open volume, not mounted yet.
+pub trait Served {
+    /// The volume's name.
+    fn name(&self) -> String;
+    /// What status and shutdown are asked of. It keeps working until [`Served::close`].
+    fn control(&self) -> Arc<dyn Control>;
+    /// Answers the kernel on `fuse_fd` until the volume is unmounted; calls `ready` once the kernel has greeted.
+    fn serve(
+        &mut self,
+        fuse_fd: OwnedFd,
+        settings: &MountSettings,
+        ready: Box<dyn FnOnce() + Send>,
+    ) -> Result<(), Failure>;
+    /// Closes the volume after [`Served::serve`] has returned; says how things stand for good.
+    fn close(self: Box<Self>) -> Result<Status, Failure>;
+}
+
+/// Opens a volume: finds the newest (or the asked) commit, recovers what is only on this host.
+pub fn open(request: OpenRequest) -> Result<Box<dyn Served>, Failure> {
+    let key = load_key(&request.key, if request.read_only { Role::Reader } else { Role::Writer })?;
+    let store = open_store(&request.store_url, &request.store_options)?;
+    let runtime = runtime()?;
+    let options = OpenOptions {
+        store,
+        key,
+        state: request.state.clone(),
+        env: Env::system(),
+        version: match request.at {
+            None => Version::Newest,
+            Some(At::Commit(no)) => Version::Commit(no),
+            Some(At::Time(time)) => Version::Time(time),
+        },
+        read_only: request.read_only,
+        protection: match request.protection {
+            Protection::Strict => durable::Protection::Strict,
+            Protection::Available => durable::Protection::Available,
+            Protection::Local => durable::Protection::Local,
+        },
+        sync_timeout: request.sync_timeout,
+        disk_cache: request.cache_size,
+        frame_cache: usize::try_from(request.memory_size).unwrap_or(usize::MAX),
+        dirty_max: request.dirty_size,
+        uploads: request.uploads as usize,
+        size_limit: request.size_limit,
+    };
+    let volume = Volume::open(options, runtime.handle()).map_err(|e| failure(&e))?;
+    let control = Arc::new(MountControl::new(Arc::new(volume), &request));
+    Ok(Box::new(Session::new(control, runtime)))
+}
+
+/// A store and a key to read it with.
+#[derive(Clone, Debug)]
+pub struct StoreRequest {
+    /// URL of the store.
+    pub store_url: String,
+    /// Its options.
+    pub store_options: BTreeMap<String, String>,
+    /// Key file.
+    pub key: PathBuf,
+}
+
+/// What making a volume needs.
+pub struct InitRequest {
+    /// URL of the store.
+    pub store_url: String,
+    /// Its options.
+    pub store_options: BTreeMap<String, String>,
+    /// Directory for the key files.
+    pub keys: PathBuf,
+    /// The volume's name.
+    pub name: String,
+    /// For a passphrase slot.
+    pub passphrase: Option<Zeroizing<String>>,
+}
+
+/// A volume that was just made.
+pub struct InitReport {
+    /// Its name.
+    pub name: String,
+    /// Its identity, hexadecimal.
+    pub volume_id: String,
+    /// The store, without secrets.
+    pub store: String,
+    /// The key files written.
+    pub keys: Vec<PathBuf>,
+}
+
+/// Makes a volume.
+pub fn init(request: InitRequest) -> Result<InitReport, Failure> {
+    let store = open_store(&request.store_url, &request.store_options)?;
+    let params = ops::init::InitParams {
+        name: request.name.clone(),
+        passphrase: request.passphrase.map(|text| Zeroizing::new(text.as_bytes().to_vec())),
+        argon: Argon2Params::default(),
+        parameters: Parameters::default(),
+        keys_dir: request.keys,
+    };
+    let made =
+        runtime()?.block_on(ops::init::init(&*store, &Env::system(), params)).map_err(|e| match &e {
+            InitError::Store(_) => Failure::from_error(ExitCode::Store, request.store_url.clone(), &e),
+            _ => Failure::from_error(ExitCode::Refused, format!("store {}", request.store_url), &e),
+        })?;
+    made.warnings.iter().for_each(|warning| super::print_error(warning));
+    Ok(InitReport {
+        name: request.name,
+        volume_id: made.volume.to_string(),
+        store: store.describe(),
+        keys: made.key_files,
+    })
+}
+
+/// At most `limit` commits of the volume, the newest first, and the numbers of those that have a checkpoint.
+pub fn versions(request: &StoreRequest, limit: usize) -> Result<Vec<(CommitInfo, bool)>, Failure> {
+    let asked = Asked::new(request)?;
+    let listing = listing::versions(&*asked.store, &asked.key);
+    let mut all = asked.runtime.block_on(listing).map_err(|e| failure(&e))?;
+    all.reverse();
+    all.truncate(limit);
+    Ok(all)
+}
+
+/// What the store says about its volume.
+pub fn store_status(request: &StoreRequest) -> Result<StoreStatus, Failure> {
+    let asked = Asked::new(request)?;
+    let found =
+        asked.runtime.block_on(listing::summary(&*asked.store, &asked.key)).map_err(|e| failure(&e))?;
+    let point = |p: Option<(crate::types::CommitNo, crate::types::Timestamp)>| {
+        p.map(|(no, time)| CommitPoint { no: no.0, time })
+    };
+    Ok(StoreStatus {
+        store: asked.store.describe(),
+        volume: found.name,
+        volume_id: found.id.to_string(),
+        newest_segment: found.newest_segment.map(|seq| seq.0),
+        last_commit: point(found.last_commit),
+        newest_checkpoint: point(found.newest_checkpoint),
+    })
+}
+
+/// A store that is asked without a mount.
+struct Asked {
+    runtime: Runtime,
+    store: Arc<dyn Store>,
+    key: KeyFile,
+}
+
+impl Asked {
+    fn new(request: &StoreRequest) -> Result<Asked, Failure> {
+        let key = load_key(&request.key, Role::Reader)?;
+        let store = open_store(&request.store_url, &request.store_options)?;
+        Ok(Asked { runtime: runtime()?, store, key })
+    }
+}
+
+fn load_key(path: &std::path::Path, role: Role) -> Result<KeyFile, Failure> {
+    let key = KeyFile::load(path).map_err(|e| Failure::from_error(ExitCode::Refused, "key file", &e))?;
+    key.require(role)
+        .map_err(|e| Failure::from_error(ExitCode::Refused, format!("key file {}", path.display()), &e))?;
+    Ok(key)
+}
+
+fn open_store(url: &str, options: &BTreeMap<String, String>) -> Result<Arc<dyn Store>, Failure> {
+    store::open::open(url, options)
+        .map_err(|e| Failure::from_error(ExitCode::Store, format!("store {url}"), &e))
+}
+
+fn runtime() -> Result<Runtime, Failure> {
+    Builder::new_multi_thread()
+        .worker_threads(WORKERS)
+        .thread_name("io")
+        .enable_all()
+        .build()
+        .map_err(|e| Failure::from_error(ExitCode::Failed, "cannot start the runtime", &e))
+}
+
+/// The exit code that fits an error of the layers below.
+pub(super) fn failure(e: &Error) -> Failure {
+    match e {
+        Error::Store(StoreError::NotFound { .. }) => {
+            Failure::from_error(ExitCode::Store, "no volume in the store", e)
+                .hint("check the URL, or make a volume with 'embassyfs init'")
+        }
+        Error::Store(_) => Failure::from_error(ExitCode::Store, "the store failed", e),
+        Error::Io { .. } | Error::Missing(_) | Error::Latched(_) => {
+            Failure::from_error(ExitCode::Failed, "cannot open the volume", e)
+        }
+        Error::Corrupt { .. } | Error::Fenced { .. } | Error::Refused(_) => {
+            Failure::from_error(ExitCode::Refused, "the volume is refused", e)
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! A mounted volume: the kernel's requests on one side, the volume on the other, and what operators ask of both.
+//! Invariant: `status` never waits; what else is asked ends within the time it is given.
+
+use super::exit::{ExitCode, Failure};
+use super::seam::{OpenRequest, Served};
+use crate::fuse::adapter::Adapter;
+use crate::fuse::mount::MountSettings;
+use crate::fuse::serve::{Backend, Requests};
+use crate::log;
+use crate::ops::control::Control;
+use crate::ops::status::{CommitPoint, Status};
+use crate::replica::volume::Volume;
+use crate::types::{CommitNo, FramePtr};
+use futures::future::BoxFuture;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
+use tokio::runtime::Runtime;
+
+/// How often a waiting caller is told how far it is.
+const PROGRESS_EVERY: Duration = Duration::from_millis(200);
+/// How long closing waits for what the last checkpoint added; the rest has been shipped before.
+const CLOSE_WAIT: Duration = Duration::from_secs(10);
+/// Dispatch threads: more than one only costs latency while requests are answered from memory.
+const DISPATCH_THREADS: usize = 1;
+
+/// What operators can ask of a mounted volume.
+pub(super) struct MountControl {
+    volume: Arc<Volume>,
+    store: String,
+    state: String,
+    protection: &'static str,
+}
+
+impl MountControl {
+    pub fn new(volume: Arc<Volume>, request: &OpenRequest) -> MountControl {
+        MountControl {
+            store: volume.store.describe(),
+            state: request.state.display().to_string(),
+            protection: request.protection.name(),
+            volume,
+        }
+    }
+
+    fn wait_remote(&self, timeout: Duration, progress: &mut dyn FnMut(&Status)) -> Result<(), String> {
+        let (sender, receiver) = channel();
+        self.volume.when_remote(
+            timeout,
+            Box::new(move |result| {
+                let _ = sender.send(result); // the caller may have given up
+            }),
+        );
+        // The account answers within `timeout`; the margin only guards against a thread that has died.
+        let rounds = (timeout + Duration::from_secs(5)).as_millis() / PROGRESS_EVERY.as_millis();
+        for _ in 0..=rounds {
+            match receiver.recv_timeout(PROGRESS_EVERY) {
+                Ok(result) => return result.map_err(|e| e.to_string()),
+                Err(RecvTimeoutError::Timeout) => progress(&self.status()),
+                Err(RecvTimeoutError::Disconnected) => return Err("the volume is being closed".into()),
+            }
+        }
+        Err("the volume does not answer; see its log".into())
+    }
+}
+
+impl Control for MountControl {
+    fn status(&self) -> Status {
+        let volume = &self.volume;
+        let mut status = Status {
+            volume: volume.superblock.name.clone(),
+            volume_id: volume.superblock.volume.to_string(),
+            store: self.store.clone(),
+            state: self.state.clone(),
+            protection: self.protection.into(),
+            cache_bytes: volume.cache_bytes(),
+            dirty_bytes: volume.fs.dirty_bytes(),
+            ..Status::default()
+        };
+        let point = |no: CommitNo, time| Some(CommitPoint { no: no.0, time }).filter(|p| p.no > 0);
+        let (newest, remote) = volume.commit_times();
+        let Some(durable) = volume.durable() else {
+            status.role = "reader".into();
+            status.in_sync = true;
+            status.last_commit = volume.opened.and_then(|(no, time)| point(no, time));
+            status.last_durable = status.last_commit;
+            return status;
+        };
+        let account = durable.snapshot();
+        status.role = "writer".into();
+        status.in_sync = account.in_sync && account.fenced.is_none() && account.latched.is_none();
+        status.lag_seconds = account.lag.as_secs_f64();
+        status.unsent_bytes = account.unsent_bytes;
+        status.unsent_segments = account.unsent_segments;
+        status.last_commit = newest.and_then(|time| point(account.local, time));
+        status.last_durable = remote.and_then(|time| point(account.remote, time));
+        status.fallbacks = account.fallbacks;
+        status.fenced = account.fenced.is_some();
+        status.last_error = account.fenced.or(account.latched).or(volume.fs.failure()).or(account.last_error);
+        status
+    }
+
+    fn sync(&self, timeout: Duration, progress: &mut dyn FnMut(&Status)) -> Result<Status, String> {
+        self.wait_remote(timeout, progress)?;
+        Ok(self.status())
+    }
+
+    fn shutdown(&self, timeout: Duration) -> Result<Status, String> {
+        // What cannot be shipped in time stays in the state directory, and the status says how much.
+        if let Err(e) = self.wait_remote(timeout, &mut |_| ()) {
+            ::log::warn!("not everything is in the embassy yet: {e}");
+        }
+        Ok(self.status())
+    }
+}
+
+impl Backend for MountControl {
+    fn fetch(&self, ptrs: Vec<FramePtr>) -> BoxFuture<'_, log::Result<()>> {
+        Box::pin(async move { self.volume.fetch(&ptrs).await })
+    }
+
+    fn when_durable(&self, commit: CommitNo, done: Box<dyn FnOnce(Result<(), String>) + Send>) {
+        match self.volume.durable() {
+            Some(durable) => durable.wait(commit, Box::new(move |r| done(r.map_err(|e| e.to_string())))),
+            None => done(Ok(())),
+        }
+    }
+
+    fn ships_on_fsync(&self) -> bool {
+        self.volume.durable().is_some_and(|durable| durable.waits_for_remote())
+    }
+
+    fn free_bytes(&self) -> u64 {
+        self.volume.dir.free_bytes().unwrap_or(0)
+    }
+}
+
+/// An open volume and the runtime it lives on.
+pub(super) struct Session {
+    control: Arc<MountControl>,
+    runtime: Runtime,
+}
+
+impl Session {
+    pub fn new(control: Arc<MountControl>, runtime: Runtime) -> Session {
+        Session { control, runtime }
+    }
+}
+
+impl Served for Session {
+    fn name(&self) -> String {
+        self.control.volume.superblock.name.clone()
+    }
+
+    fn control(&self) -> Arc<dyn Control> {
+        self.control.clone()
+    }
+
+    fn serve(
+        &mut self,
+        fuse_fd: OwnedFd,
+        _settings: &MountSettings,
+        ready: Box<dyn FnOnce() + Send>,
+    ) -> Result<(), Failure> {
+        let backend: Arc<dyn Backend> = self.control.clone();
+        let requests = Requests::new(self.control.volume.fs.clone(), backend, self.runtime.handle().clone());
+        let mut config = fuser::Config::default();
+        config.n_threads = Some(DISPATCH_THREADS);
+        let fail = |e: std::io::Error| Failure::from_error(ExitCode::Failed, "serving the kernel", &e);
+        let session =
+            fuser::Session::from_fd(Adapter::new(requests), fuse_fd, fuser::SessionACL::All, config)
+                .map_err(fail)?;
+        ready();
+        session.run().map_err(fail)
+    }
+
+    fn close(self: Box<Self>) -> Result<Status, Failure> {
+        // Shipping has been tried within its bound before; here the log is ended cleanly.
+        self.control.volume.close(CLOSE_WAIT);
+        let status = self.control.status();
+        match self.control.volume.fs.failure() {
+            Some(reason) => Err(Failure::new(ExitCode::Failed, format!("the volume had failed: {reason}"))),
+            None => Ok(status),
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! `embassyfs status`: how a mounted volume stands, or what a store says about its volume.
+
+use super::exit::{ExitCode, Failure, Outcome};
+use super::mounted::{self, Mounted};
+use super::{StoreArgs, absolute, print, print_error, print_json, required, seam};
+use crate::ops::control::Request;
+use crate::ops::status::Status;
+use std::path::PathBuf;
+
+/// Show how a mounted volume stands, or what a store holds.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  embassyfs status                      all mounts of this host
+  embassyfs status /srv/land
+  embassyfs status --json /srv/land
+  embassyfs status --store s3://embassy/land --key reader.key")]
+pub struct StatusArgs {
+    /// Where the volume is mounted; without it and without a store, all mounts are shown.
+    #[arg(conflicts_with_all = ["store", "config"])]
+    mountpoint: Option<PathBuf>,
+    #[command(flatten)]
+    store: StoreArgs,
+    /// A key file of the volume, with --store.
+    #[arg(long, value_name = "FILE")]
+    key: Option<PathBuf>,
+    /// JSON instead of text.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+pub fn run(args: StatusArgs) -> Outcome {
+    if args.store.store.is_some() || args.store.config.is_some() {
+        return of_store(&args);
+    }
+    match &args.mountpoint {
+        Some(path) => {
+            let status = ask(&mounted::find(path)?)?;
+            show(&status, args.json)?;
+            Ok(ExitCode::Ok)
+        }
+        None => of_all(args.json),
+    }
+}
+
+fn ask(mount: &Mounted) -> Result<Status, Failure> {
+    let answer = mount.daemon()?.ask(Request::Status {}, &mut |_| {});
+    answer.map_err(|e| mount.failure("no status of", ExitCode::Failed, &e))
+}
+
+fn show(status: &Status, json: bool) -> Result<(), Failure> {
+    if json {
+        return print_json(status);
+    }
+    print(&status.to_string());
+    Ok(())
+}
+
+/// All mounts; one that does not answer does not hide the others.
+fn of_all(json: bool) -> Outcome {
+    let mut code = ExitCode::Ok;
+    let mut all = Vec::new();
+    for mount in mounted::all()? {
+        match ask(&mount) {
+            Ok(status) => all.push(status),
+            Err(failure) => {
+                print_error(&failure.to_string());
+                code = failure.code;
+            }
+        }
+    }
+    if json {
+        print_json(&all)?;
+    } else {
+        all.iter().for_each(|status| print(&status.to_string()));
+        if all.is_empty() && code == ExitCode::Ok {
+            print_error("no EmbassyFS volume is mounted on this host");
+        }
+    }
+    Ok(code)
+}
+
+fn of_store(args: &StatusArgs) -> Outcome {
+    let config = args.store.load_config()?;
+    let (store_url, store_options) = args.store.resolve(&config)?;
+    let key = required(args.key.clone().or(config.key), "--key FILE", "key")?;
+    let request = seam::StoreRequest { store_url, store_options, key: absolute(&key)? };
+    let status = seam::store_status(&request)?;
+    if args.json {
+        print_json(&status)?;
+    } else {
+        print(&status.to_string());
+    }
+    Ok(ExitCode::Ok)
+}

@@ -1,0 +1,196 @@
+//! `embassyfs umount`: commits, ships within a bound, unmounts, waits for the daemon, and says what is still unsent.
+//! Invariant: it never reports "all shipped" on the word of anything but the daemon's last status, and it ends in
+//! bounded time whatever state the daemon is in.
+
+use super::exit::{ExitCode, Failure, Outcome};
+use super::mounted::{self, Mounted};
+use super::options::parse_duration;
+use super::progress::Shipping;
+use super::{print_error, print_json};
+use crate::fuse::mount::{self as kernel, Pidfd, Unmount};
+use crate::fuse::table;
+use crate::ops::control::{Client, ControlError, Request};
+use crate::ops::status::Status;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// How long the system call may take, and how long the daemon may take to close the volume after it.
+const KERNEL_WAIT: Duration = Duration::from_secs(30);
+const CLOSE_WAIT: Duration = Duration::from_secs(60);
+/// How long to look whether a daemon that may go on has ended.
+const LAZY_WAIT: Duration = Duration::from_secs(2);
+/// How long a daemon whose connection was broken may take.
+const FORCED_WAIT: Duration = Duration::from_secs(10);
+/// As many processes are named that keep a mount busy.
+const USERS_SHOWN: usize = 4;
+
+/// Commit, ship and unmount.
+///
+/// Bounded in time; says what is still unsent. Unsent data stays in the state directory and is shipped after the
+/// next mount.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Exit codes: 0 all is in the store; 5 unmounted, but data is still only in the state directory (or that cannot be
+told, because the daemon had died); 6 in use, still mounted.
+
+Examples:
+  embassyfs umount /srv/land
+  embassyfs umount --timeout 5m /srv/land      wait longer for a slow link
+  embassyfs umount --lazy /srv/land            though somebody still uses it
+  embassyfs umount --force /srv/land           though the daemon does not answer")]
+pub struct UmountArgs {
+    /// How long to ship before unmounting.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
+    timeout: Duration,
+    /// Break the connection if need be: processes that use the mount get errors. What is committed stays.
+    #[arg(long)]
+    force: bool,
+    /// Take it out of the tree now; the daemon goes on until the last user has left.
+    #[arg(long)]
+    lazy: bool,
+    /// Print the last status as JSON.
+    #[arg(long)]
+    json: bool,
+    /// Where the volume is mounted.
+    mountpoint: PathBuf,
+}
+
+/// Runs the command.
+pub fn run(args: UmountArgs) -> Outcome {
+    let mount = mounted::find(&args.mountpoint)?;
+    match mount.connect() {
+        Ok(daemon) => with_daemon(&args, &mount, daemon),
+        // Nobody listens: it has died. An ordinary unmount is right, and harmless should it live after all.
+        Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {
+            without_daemon(&args, &mount)
+        }
+        Err(_) if args.force => without_daemon(&args, &mount),
+        Err(e) => Err(mount.unreachable(&e)),
+    }
+}
+
+fn with_daemon(args: &UmountArgs, mount: &Mounted, mut daemon: Client) -> Outcome {
+    let mut bar = Shipping::new("shipping");
+    let request = Request::Shutdown { timeout_ms: args.timeout.as_millis() as u64 };
+    let answer = daemon.ask(request, &mut |status| bar.show(status));
+    bar.finish();
+    let known = match answer {
+        Ok(status) => Some(status),
+        Err(ControlError::Failed { message, status }) => {
+            print_error(&format!("before unmounting: {message}"));
+            status.map(|s| *s)
+        }
+        Err(ControlError::NoAnswer(why)) if args.force => {
+            print_error(&format!("{why}; breaking its connection"));
+            return without_daemon(args, mount);
+        }
+        Err(e) => {
+            return Err(mount
+                .failure("the daemon is stuck:", ExitCode::NoDaemon, &e)
+                .hint("--force unmounts nevertheless; what is committed stays in the state directory"));
+        }
+    };
+    // Opened while the daemon surely lives, so that the number means it and nobody else.
+    let process = Pidfd::open(daemon.pid());
+    let forced = take_out(args, mount)?;
+    let wait = match (args.lazy, forced) {
+        (true, _) => LAZY_WAIT,
+        (_, true) => FORCED_WAIT,
+        _ => CLOSE_WAIT,
+    };
+    let last = daemon.ask(Request::Farewell { timeout_ms: wait.as_millis() as u64 }, &mut |_| {});
+    let ended =
+        process.and_then(|p| p.wait(if last.is_ok() { CLOSE_WAIT } else { LAZY_WAIT })).unwrap_or(false);
+    if !ended && !args.lazy {
+        return Err(Failure::new(
+            ExitCode::NoDaemon,
+            format!(
+                "{} is unmounted, but its daemon (process {}) has not ended",
+                mount.path.display(),
+                daemon.pid()
+            ),
+        )
+        .hint("look at its log; the volume can be mounted again when it has ended"));
+    }
+    if !ended {
+        print_error("still in use; the daemon goes on until the last user has left");
+    }
+    report(args, mount, last.ok().or(known))
+}
+
+/// Unmounts; true when the connection had to be broken.
+fn take_out(args: &UmountArgs, mount: &Mounted) -> Result<bool, Failure> {
+    let how = if args.lazy { Unmount::Lazy } else { Unmount::Normal };
+    let error = match kernel::unmount_bounded(&mount.path, how, KERNEL_WAIT) {
+        Ok(()) => return Ok(false),
+        Err(e) => e,
+    };
+    let path = mount.path.display();
+    let stuck = matches!(error.kind(), io::ErrorKind::ResourceBusy | io::ErrorKind::TimedOut);
+    if args.force && stuck {
+        break_connection(mount)?;
+        return Ok(true);
+    }
+    Err(match error.kind() {
+        io::ErrorKind::ResourceBusy => {
+            let users = mounted::users_of(&mount.path);
+            let mut names: Vec<String> =
+                users.iter().take(USERS_SHOWN).map(|(pid, name)| format!("{name} ({pid})")).collect();
+            if users.len() > USERS_SHOWN {
+                names.push("others".into());
+            }
+            let by = if names.is_empty() { String::new() } else { format!(" by {}", names.join(", ")) };
+            Failure::new(ExitCode::Busy, format!("{path} is in use{by} and stays mounted"))
+                .hint("end what uses it, or use --lazy (until they end) or --force (they get errors)")
+        }
+        io::ErrorKind::TimedOut => {
+            Failure::new(ExitCode::NoDaemon, format!("unmounting {path} does not come to an end"))
+                .hint("--force breaks the connection")
+        }
+        _ => Failure::from_error(ExitCode::Failed, format!("cannot unmount {path}"), &error),
+    })
+}
+
+fn break_connection(mount: &Mounted) -> Result<(), Failure> {
+    // Through sysfs first: it frees processes that wait, whatever umount2 then has to say. MNT_FORCE does the same
+    // where fusectl is not mounted.
+    let _ = table::abort(mount.entry.device.1);
+    kernel::unmount_bounded(&mount.path, Unmount::Force, KERNEL_WAIT).map_err(|e| {
+        Failure::from_error(ExitCode::Failed, format!("cannot unmount {}", mount.path.display()), &e)
+    })
+}
+
+/// The mount of a daemon that has died or does not answer.
+fn without_daemon(args: &UmountArgs, mount: &Mounted) -> Outcome {
+    if args.force {
+        break_connection(mount)?;
+    } else {
+        take_out(args, mount)?;
+    }
+    report(args, mount, None)
+}
+
+/// Says what is left unsent.
+fn report(args: &UmountArgs, mount: &Mounted, last: Option<Status>) -> Outcome {
+    let path = mount.path.display();
+    let Some(status) = last else {
+        print_error(&format!(
+            "{path} is unmounted; its daemon had died or did not answer, so whether data is unsent cannot be told: mount it \
+             again with the same state directory to ship what was committed"
+        ));
+        return Ok(ExitCode::Unsent);
+    };
+    if args.json {
+        print_json(&status)?;
+    }
+    if status.has_unsent() {
+        print_error(&format!(
+            "{path} is unmounted; unsent: {}, kept in {}; the next mount with this state directory ships it",
+            status.unsent_in_words(),
+            status.state
+        ));
+        return Ok(ExitCode::Unsent);
+    }
+    Ok(ExitCode::Ok)
+}

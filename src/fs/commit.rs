@@ -1,0 +1,576 @@
+//! The committer: takes what has changed in memory and puts it into the log, as one atomic step after the other.
+//! Invariant: it alone appends commits and changes extents; a commit is acknowledged only after the log said it is
+//! durable; after a failure of the log nothing more is acknowledged.
+
+use super::checkpoint::{Checkpointer, Frozen};
+use super::dirty::{DirtyFile, Run};
+use super::extents::{offset_of, scan_from};
+use super::state::{DirtyFiles, Level, State};
+use super::{Fs, MAX_FILE_SIZE};
+use crate::log::writer::LogWriter;
+use crate::log::{self, Append, ClosedSegment, Frames};
+use crate::tree::btree::Tree;
+use crate::tree::delta::{self, Counters, Delta, Value};
+use crate::tree::key::{self, Key};
+use crate::tree::memtable::{Levels, weight};
+use crate::tree::value::Extent;
+use crate::types::{CommitNo, FrameKind, FramePtr, Ino, Seq};
+use parking_lot::Mutex;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Whole records waiting in memory above which the committer seals them without waiting for the commit.
+pub(super) const SEAL_EARLY_BYTES: u64 = 4 << 20;
+/// Records sealed between two looks at the state.
+const SEAL_BATCH: usize = 32;
+/// A run of at most this many bytes lies in the tree instead of a frame of its own.
+const INLINE_MAX: usize = 256;
+/// How long the committer sleeps when nothing has changed.
+const IDLE_SLEEP: Duration = Duration::from_secs(5);
+/// Extents looked at in one step when a long stretch is removed.
+const PUNCH_BATCH: usize = 1024;
+
+/// Where commits and closed segments go: implemented above, by the part that ships them.
+pub trait Shipping: Send + Sync {
+    /// The commit, and all before it, is durable on the local disk.
+    fn committed(&self, commit: CommitNo);
+    /// A segment is complete and durable on the local disk.
+    fn closed(&self, segment: ClosedSegment);
+    /// A checkpoint is ready; its pages and its root are durable on the local disk.
+    fn checkpoint(&self, checkpoint: super::CheckpointOutcome) -> log::Result<()>;
+    /// The newest tree no longer refers to this frame (a hint).
+    fn dead(&self, ptr: FramePtr);
+    /// The newest segment that the store is known to hold with all before it.
+    fn stored(&self) -> Seq;
+    /// Brings frames here; waits for the network, within a bound.
+    fn fetch(&self, ptrs: &[FramePtr]) -> log::Result<()>;
+    /// The log failed; nothing more will be committed in this process.
+    fn failed(&self, reason: &str);
+}
+
+/// The one writer of a volume's log; runs on a thread of its own.
+pub struct Committer {
+    fs: Arc<Fs>,
+    log: Arc<Mutex<LogWriter>>,
+    shipping: Arc<dyn Shipping>,
+    checkpointer: Checkpointer,
+    /// Newest commit in a closed segment.
+    closed: CommitNo,
+    /// Newest commit in the log.
+    committed: CommitNo,
+    counters: Counters,
+    /// The log as last seen.
+    view: LogView,
+    /// Bytes of segments closed since the last checkpoint began.
+    log_bytes: u64,
+}
+
+/// What the committer decides by, read from the log when nobody else holds it.
+#[derive(Clone, Copy, Default)]
+pub(super) struct LogView {
+    /// When the open segment was begun.
+    pub opened: Option<Duration>,
+    pub next_seq: u64,
+}
+
+impl LogView {
+    fn of(log: &LogWriter) -> LogView {
+        LogView { opened: log.opened_at(), next_seq: log.current_seq().0 }
+    }
+}
+
+/// What the committer found to do.
+#[derive(Default, Debug, PartialEq, Eq)]
+struct Todo {
+    seal: bool,
+    commit: bool,
+    close: bool,
+    checkpoint: bool,
+    stop: bool,
+}
+
+/// The part of the state that one commit takes with it.
+struct Taken {
+    no: CommitNo,
+    meta: Arc<Delta>,
+    dirty: Arc<DirtyFiles>,
+    /// Inodes from here on are new: the log has no extents of them.
+    first_new: u64,
+    base: Vec<Arc<Delta>>,
+    tree: Tree,
+    next_ino: u64,
+    inodes: u64,
+}
+
+impl Committer {
+    /// A committer that goes on behind `committed`.
+    pub fn new(
+        fs: Arc<Fs>,
+        log: Arc<Mutex<LogWriter>>,
+        shipping: Arc<dyn Shipping>,
+        checkpointer: Checkpointer,
+        committed: CommitNo,
+    ) -> Committer {
+        let counters = {
+            let state = fs.state.lock();
+            Counters { next_ino: state.next_ino, live_bytes: state.live_bytes, inodes: state.inodes }
+        };
+        Committer {
+            fs,
+            log,
+            shipping,
+            checkpointer,
+            closed: committed,
+            committed,
+            counters,
+            view: LogView::default(),
+            log_bytes: 0,
+        }
+    }
+
+    /// Works until [`Fs::stop_commits`], then commits, closes and checkpoints what there is, and returns.
+    pub fn run(mut self) {
+        loop {
+            let todo = self.wait();
+            let stop = todo.stop;
+            if let Err(e) = self.work(todo) {
+                let reason = e.to_string();
+                self.fs.fail(&reason);
+                self.shipping.failed(&reason);
+            }
+            if stop || self.fs.failure().is_some() {
+                self.checkpointer.finish();
+                return;
+            }
+        }
+    }
+
+    fn work(&mut self, todo: Todo) -> log::Result<()> {
+        if todo.seal && !todo.commit {
+            self.seal_full_records()?;
+        }
+        if todo.commit {
+            let close = todo.close || self.fs.state.lock().wanted_closed > self.closed;
+            self.commit(close)?;
+            self.compact();
+        } else if todo.close {
+            self.close()?;
+        }
+        if todo.checkpoint && !self.checkpointer.busy() {
+            self.freeze(todo.stop)?;
+        }
+        Ok(())
+    }
+
+    /// Sleeps until there is something to do.
+    fn wait(&mut self) -> Todo {
+        let fs = self.fs.clone();
+        loop {
+            // Never under the state's lock: the checkpointer may hold the log while the disk works.
+            if let Some(log) = self.log.try_lock() {
+                self.view = LogView::of(&log);
+            }
+            let mut state = fs.state.lock();
+            let (todo, sleep) = self.look(&state, fs.env.clock.monotonic());
+            if todo != Todo::default() {
+                return todo;
+            }
+            fs.wake.wait_for(&mut state, sleep);
+        }
+    }
+
+    /// What is due `now`, and how long to sleep if nothing is.
+    fn look(&self, state: &State, now: Duration) -> (Todo, Duration) {
+        let settings = &self.fs.settings;
+        let interval = settings.commit_interval;
+        let changed = state.changed_at.is_some();
+        let behind = self.committed > self.closed;
+        let opened = self.view.opened.filter(|_| behind);
+        let passed = |since: Option<Duration>| since.is_some_and(|at| now >= at + interval);
+        let pressure = !state.waiting_for_space.is_empty()
+            || state.dirty_bytes >= settings.dirty_max / 2
+            || state.active_weight >= settings.memtable_max / 2;
+        let urgent = pressure || state.stopping || state.wanted >= state.generation;
+        let checkpoint = self.checkpointer.due(state, self.view.next_seq, self.log_bytes)
+            || (state.stopping && self.checkpointer.anything_new(state));
+        let todo = Todo {
+            seal: state.full.len() as u64 * settings.record_size >= SEAL_EARLY_BYTES,
+            commit: changed && (urgent || passed(state.changed_at)),
+            close: behind && (passed(opened) || state.stopping || state.wanted_closed > self.closed),
+            checkpoint: checkpoint && !self.checkpointer.busy(),
+            stop: state.stopping,
+        };
+        let deadlines = [state.changed_at, opened].into_iter().flatten();
+        let next = deadlines.map(|at| (at + interval).saturating_sub(now)).min();
+        (todo, next.unwrap_or(IDLE_SLEEP).max(Duration::from_millis(1)))
+    }
+
+    /// Seals whole records of the running generation, so that a commit never has much left to do.
+    fn seal_full_records(&mut self) -> log::Result<()> {
+        loop {
+            let batch: Vec<(Ino, u64, Arc<Vec<u8>>)> = {
+                let mut state = self.fs.state.lock();
+                let mut batch = Vec::new();
+                while batch.len() < SEAL_BATCH
+                    && let Some((ino, start)) = state.full.pop_front()
+                {
+                    let run = state.dirty.get(&ino).and_then(|file| file.run_at(start));
+                    if let Some(Run::Data(bytes)) = run
+                        && bytes.len() as u64 == self.fs.settings.record_size
+                    {
+                        batch.push((ino, start, bytes.clone()));
+                    }
+                }
+                batch
+            };
+            if batch.is_empty() {
+                return Ok(());
+            }
+            let mut sealed = Vec::with_capacity(batch.len());
+            for (ino, start, bytes) in batch {
+                let ptr = self.append(FrameKind::Data, &bytes)?;
+                sealed.push((ino, start, bytes, ptr));
+            }
+            self.log.lock().flush()?;
+            let mut freed = Vec::with_capacity(sealed.len());
+            let waiting = {
+                let mut state = self.fs.state.lock();
+                for (ino, start, bytes, ptr) in sealed {
+                    if let Some(file) = state.dirty.get_mut(&ino)
+                        && file.sealed(start, &bytes, ptr)
+                    {
+                        state.dirty_bytes -= bytes.len() as u64;
+                    }
+                    freed.push(bytes); // dropped outside the lock
+                }
+                self.take_waiting(&mut state)
+            };
+            drop(freed);
+            waiting.into_iter().for_each(|retry| retry());
+        }
+    }
+
+    fn take_waiting(&self, state: &mut State) -> Vec<Box<dyn FnOnce() + Send>> {
+        if state.has_room(&self.fs.settings) {
+            std::mem::take(&mut state.waiting_for_space)
+        } else {
+            Vec::new()
+        }
+    }
+
+    /// Appends a frame; closes the segment when it has grown large enough.
+    fn append(&mut self, kind: FrameKind, plain: &[u8]) -> log::Result<FramePtr> {
+        let mut log = self.log.lock();
+        let ptr = log.append(kind, plain)?;
+        if log.open_len() >= self.fs.settings.segment_size {
+            let closed = log.close()?;
+            drop(log);
+            self.closed = self.committed;
+            self.ship(closed);
+        }
+        Ok(ptr)
+    }
+
+    /// One commit: everything changed so far, as one step of the whole tree.
+    fn commit(&mut self, close: bool) -> log::Result<()> {
+        let Some(taken) = self.take() else { return Ok(()) };
+        let (fs, shipping) = (self.fs.clone(), self.shipping.clone());
+        let mut edit = ExtentEdit::new(&taken, &*fs.frames, fs.settings.record_size, &*shipping);
+        let mut files: Vec<(&Ino, &DirtyFile)> = taken.dirty.iter().collect();
+        files.sort_unstable_by_key(|(ino, _)| **ino);
+        for (ino, file) in files {
+            for (start, run) in file.runs() {
+                let extent = match run {
+                    Run::Hole(_) => None,
+                    Run::Data(bytes) if bytes.len() <= INLINE_MAX => Some(Extent::Inline { bytes }.encode()),
+                    Run::Data(bytes) => {
+                        let ptr = self.append(FrameKind::Data, bytes)?;
+                        Some(Extent::Stored { ptr, from: 0, len: bytes.len() as u32 }.encode())
+                    }
+                    Run::Stored { ptr, from, len } => {
+                        Some(Extent::Stored { ptr: *ptr, from: *from, len: *len }.encode())
+                    }
+                };
+                edit.replace(*ino, start..start.saturating_add(run.len()).min(MAX_FILE_SIZE), extent)?;
+            }
+        }
+        let ExtentEdit { changes, live_added, live_freed, dead, .. } = edit;
+        let counters = Counters {
+            next_ino: taken.next_ino,
+            live_bytes: (self.counters.live_bytes + live_added).saturating_sub(live_freed),
+            inodes: taken.inodes,
+        };
+        let parts = delta::encode(&counters, merged(&taken.meta, &changes));
+        let segment = {
+            let mut log = self.log.lock();
+            log.set_stored(self.shipping.stored());
+            log.append_commit(taken.no, self.fs.env.clock.now(), &parts)?;
+            if close || log.open_len() >= self.fs.settings.segment_size {
+                log.close()?
+            } else {
+                log.sync()?;
+                None
+            }
+        };
+        drop(parts);
+        self.committed = taken.no;
+        self.counters = counters;
+        self.publish(changes, counters);
+        self.shipping.committed(taken.no);
+        if segment.is_some() {
+            self.closed = taken.no;
+            self.ship(segment);
+        }
+        dead.into_iter().for_each(|ptr| self.shipping.dead(ptr));
+        Ok(())
+    }
+
+    /// Takes the running generation and begins the next: a few pointer swaps.
+    fn take(&mut self) -> Option<Taken> {
+        let mut state = self.fs.state.lock();
+        state.changed_at.take()?;
+        let meta = Arc::new(std::mem::take(&mut state.active));
+        let weight = std::mem::take(&mut state.active_weight);
+        let base = state.levels.iter().map(|l| l.delta.clone()).collect();
+        state.levels.insert(0, Level { delta: meta.clone(), weight, frozen: false });
+        let dirty = Arc::new(std::mem::take(&mut state.dirty));
+        state.sealing = Some(dirty.clone());
+        state.sealing_bytes = std::mem::take(&mut state.dirty_bytes);
+        state.full.clear();
+        let no = state.generation;
+        state.generation = CommitNo(no.0 + 1);
+        let first_new = state.first_new;
+        state.first_new = state.next_ino;
+        Some(Taken {
+            no,
+            meta,
+            dirty,
+            first_new,
+            base,
+            tree: state.tree.clone(),
+            next_ino: state.next_ino,
+            inodes: state.inodes,
+        })
+    }
+
+    /// The commit is in the log: its extents become visible in place of the runs in memory.
+    fn publish(&mut self, changes: Delta, counters: Counters) {
+        let weight = changes.iter().map(|(k, v)| weight(k, v)).sum();
+        let mut state = self.fs.state.lock();
+        if !changes.is_empty() {
+            state.levels.insert(0, Level { delta: Arc::new(changes), weight, frozen: false });
+        }
+        let done = state.sealing.take();
+        state.sealing_bytes = 0;
+        state.live_bytes = counters.live_bytes;
+        let waiting = self.take_waiting(&mut state);
+        drop(state);
+        drop(done); // freeing many buffers must not hold the lock
+        waiting.into_iter().for_each(|retry| retry());
+    }
+
+    /// Folds small levels into larger ones, so that a lookup passes few of them.
+    fn compact(&mut self) {
+        loop {
+            let (upper, lower) = {
+                let state = self.fs.state.lock();
+                match state.levels.as_slice() {
+                    [a, b, ..] if !b.frozen && !a.frozen && a.weight * 2 >= b.weight => {
+                        (a.delta.clone(), b.delta.clone())
+                    }
+                    _ => return,
+                }
+            };
+            let mut delta = Delta::clone(&lower);
+            delta.extend(upper.iter().map(|(k, v)| (k.clone(), v.clone())));
+            let weight = delta.iter().map(|(k, v)| weight(k, v)).sum();
+            let level = Level { delta: Arc::new(delta), weight, frozen: false };
+            self.fs.state.lock().levels.splice(0..2, [level]);
+        }
+    }
+
+    fn close(&mut self) -> log::Result<()> {
+        let segment = self.log.lock().close()?;
+        self.closed = self.committed;
+        self.ship(segment);
+        Ok(())
+    }
+
+    fn ship(&mut self, segment: Option<ClosedSegment>) {
+        if let Some(segment) = segment {
+            self.log_bytes += segment.len;
+            self.shipping.closed(segment);
+        }
+    }
+
+    /// Hands everything committed so far to the checkpointer. The segment ends here, so that a replay from the
+    /// checkpoint begins with a whole one.
+    fn freeze(&mut self, and_wait: bool) -> log::Result<()> {
+        self.close()?;
+        self.log_bytes = 0;
+        let (replay_seq, replay_prev) = {
+            let log = self.log.lock();
+            (log.current_seq(), log.last_closed())
+        };
+        let (levels, tree) = {
+            let mut state = self.fs.state.lock();
+            state.levels.iter_mut().for_each(|level| level.frozen = true);
+            (state.levels.iter().map(|l| l.delta.clone()).collect::<Vec<_>>(), state.tree.clone())
+        };
+        let frozen = Frozen {
+            levels,
+            tree,
+            commit: self.committed,
+            time: self.fs.env.clock.now(),
+            counters: self.counters,
+            replay_seq,
+            replay_prev,
+        };
+        self.checkpointer.start(frozen);
+        if and_wait {
+            self.checkpointer.finish();
+        }
+        Ok(())
+    }
+}
+
+impl Fs {
+    /// Asks the committer to commit what there is and to end.
+    pub fn stop_commits(&self) {
+        self.state.lock().stopping = true;
+        self.wake.notify_one();
+    }
+}
+
+/// Both maps in key order; they have no key in common.
+fn merged<'a>(a: &'a Delta, b: &'a Delta) -> Vec<(&'a Key, &'a Option<Value>)> {
+    let mut all: Vec<_> = a.iter().chain(b.iter()).collect();
+    all.sort_by(|x, y| x.0.cmp(y.0)); // two sorted runs: the stable sort merges them
+    all
+}
+
+/// The changes one commit makes to extents.
+struct ExtentEdit<'a> {
+    base: Vec<&'a Delta>,
+    tree: &'a Tree,
+    frames: &'a dyn Frames,
+    shipping: &'a dyn Shipping,
+    first_new: u64,
+    record: u64,
+    changes: Delta,
+    live_added: u64,
+    live_freed: u64,
+    dead: Vec<FramePtr>,
+}
+
+impl<'a> ExtentEdit<'a> {
+    fn new(
+        taken: &'a Taken,
+        frames: &'a dyn Frames,
+        record: u64,
+        shipping: &'a dyn Shipping,
+    ) -> ExtentEdit<'a> {
+        ExtentEdit {
+            base: taken.base.iter().map(|delta| &**delta).collect(),
+            tree: &taken.tree,
+            frames,
+            shipping,
+            first_new: taken.first_new,
+            record,
+            changes: BTreeMap::new(),
+            live_added: 0,
+            live_freed: 0,
+            dead: Vec::new(),
+        }
+    }
+
+    /// What lies in `range` is replaced by `extent`, or by a hole.
+    fn replace(&mut self, ino: Ino, range: Range<u64>, extent: Option<Value>) -> log::Result<()> {
+        if ino.0 < self.first_new {
+            self.punch(ino, range.clone())?;
+        }
+        if let Some(extent) = extent {
+            self.live_added += range.end - range.start;
+            self.changes.insert(key::extent(ino, range.start), Some(extent));
+        }
+        Ok(())
+    }
+
+    fn punch(&mut self, ino: Ino, range: Range<u64>) -> log::Result<()> {
+        let mut from = scan_from(range.start, self.record);
+        loop {
+            let found = self.extents(ino, from..range.end)?;
+            for (key, value) in &found {
+                let start = offset_of(key).map_err(into_log)?;
+                self.trim(ino, start, value, &range)?;
+                from = start + 1;
+            }
+            if found.len() < PUNCH_BATCH {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Takes `range` out of the extent that starts at `start`.
+    fn trim(&mut self, ino: Ino, start: u64, value: &Value, range: &Range<u64>) -> log::Result<()> {
+        let extent = Extent::decode(value)?;
+        let end = start + extent.len();
+        if end <= range.start {
+            return Ok(());
+        }
+        self.live_freed += end.min(range.end) - start.max(range.start);
+        self.changes.insert(key::extent(ino, start), None);
+        if start < range.start {
+            let part = part_of(&extent, 0..range.start - start);
+            self.changes.insert(key::extent(ino, start), Some(part));
+        }
+        if end > range.end {
+            let part = part_of(&extent, range.end - start..end - start);
+            self.changes.insert(key::extent(ino, range.end), Some(part));
+        }
+        if let Extent::Stored { ptr, from: 0, .. } = extent
+            && start >= range.start
+            && end <= range.end
+        {
+            self.dead.push(ptr);
+        }
+        Ok(())
+    }
+
+    /// Extents of the file from the newest committed state, under the changes of this commit. Pages that are only
+    /// in the store are fetched: the committer may wait, requests never do.
+    fn extents(&self, ino: Ino, offsets: Range<u64>) -> log::Result<Vec<(Key, Value)>> {
+        let mut maps = Vec::with_capacity(self.base.len() + 1);
+        maps.push(&self.changes);
+        maps.extend(&self.base);
+        let range = key::extents(ino, offsets);
+        loop {
+            let levels = Levels { maps: &maps, tree: self.tree, frames: self.frames };
+            match levels.range(&range.start, &range.end, PUNCH_BATCH) {
+                Err(log::Error::Missing(ptrs)) => self.shipping.fetch(&ptrs)?,
+                other => return other,
+            }
+        }
+    }
+}
+
+fn part_of(extent: &Extent<'_>, part: Range<u64>) -> Value {
+    match extent {
+        Extent::Stored { ptr, from, .. } => {
+            Extent::Stored { ptr: *ptr, from: from + part.start as u32, len: (part.end - part.start) as u32 }
+                .encode()
+        }
+        Extent::Inline { bytes } => {
+            Extent::Inline { bytes: &bytes[part.start as usize..part.end as usize] }.encode()
+        }
+    }
+}
+
+fn into_log(e: super::Error) -> log::Error {
+    match e {
+        super::Error::Log(e) => e,
+        other => log::Error::corrupt("the tree", other),
+    }
+}

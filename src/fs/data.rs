@@ -1,0 +1,295 @@
+//! File bytes: read, write, holes, shared copies.
+//! Invariant: no byte beyond the size is ever kept, so extending a file shows zeros.
+
+use super::dirty::Run;
+use super::error::{Error, Result, os};
+use super::extents::{Piece, Source};
+use super::inode::clear_set_id;
+use super::state::Tx;
+use super::{Fs, MAX_FILE_SIZE};
+use crate::log;
+use crate::tree::value::{FileType, SPARSE};
+use crate::types::{FrameKind, FramePtr, Ino};
+use bytes::Bytes;
+use std::ops::Range;
+
+/// What `lseek` looks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seek {
+    /// The next byte that is not in a hole.
+    Data,
+    /// The next hole; the end of the file counts as one.
+    Hole,
+}
+
+impl Fs {
+    /// At most `len` bytes at `offset`; fewer only at the end of the file.
+    pub fn read(&self, ino: Ino, offset: u64, len: usize) -> Result<Bytes> {
+        let pieces = {
+            let state = self.state.lock();
+            let inode = state.inode(&*self.frames, ino)?;
+            if inode.kind() != FileType::Regular {
+                return os(if inode.kind() == FileType::Directory { libc::EISDIR } else { libc::EINVAL });
+            }
+            let end = inode.size.min(offset.saturating_add(len as u64));
+            if offset >= end {
+                return Ok(Bytes::new());
+            }
+            self.pieces(&state, ino, offset..end)?
+        };
+        self.assemble(&pieces)
+    }
+
+    /// Puts pieces together; a single one that lies in one frame is not copied.
+    fn assemble(&self, pieces: &[Piece]) -> Result<Bytes> {
+        let mut missing = Vec::new();
+        let mut opened = Vec::with_capacity(pieces.len());
+        for piece in pieces {
+            let bytes = match &piece.source {
+                Source::Frame(ptr, from) => match self.frames.get(*ptr, FrameKind::Data) {
+                    Ok(bytes) => frame_part(&bytes, *ptr, *from, piece.len)?,
+                    Err(log::Error::Missing(ptrs)) => {
+                        missing.extend(ptrs);
+                        Bytes::new()
+                    }
+                    Err(e) => return Err(e.into()),
+                },
+                _ => Bytes::new(),
+            };
+            opened.push(bytes);
+        }
+        if !missing.is_empty() {
+            return Err(Error::Log(log::Error::Missing(missing)));
+        }
+        if let ([Piece { source: Source::Frame(..), .. }], Some(only)) = (pieces, opened.first()) {
+            return Ok(only.clone());
+        }
+        let total: u64 = pieces.iter().map(|p| p.len).sum();
+        let mut out = Vec::with_capacity(total as usize);
+        for (piece, bytes) in pieces.iter().zip(&opened) {
+            let len = piece.len as usize;
+            match &piece.source {
+                Source::Memory(data, from) => out.extend_from_slice(&data[*from..from + len]),
+                Source::Frame(..) => out.extend_from_slice(bytes),
+                Source::Hole => out.resize(out.len() + len, 0),
+            }
+        }
+        Ok(Bytes::from(out))
+    }
+
+    /// The frames that hold `range` of a file (clamped to its size): what a reader will want next.
+    pub fn frames_of(&self, ino: Ino, range: Range<u64>) -> Result<Vec<FramePtr>> {
+        let state = self.state.lock();
+        let inode = state.inode(&*self.frames, ino)?;
+        let range = range.start..range.end.min(inode.size);
+        if range.is_empty() {
+            return Ok(Vec::new());
+        }
+        let pieces = self.pieces(&state, ino, range)?;
+        Ok(pieces
+            .iter()
+            .filter_map(|p| match p.source {
+                Source::Frame(ptr, _) => Some(ptr),
+                _ => None,
+            })
+            .collect())
+    }
+
+    /// Writes `data` at `offset`. `kill` clears set-id bits (the writer lacks CAP_FSETID).
+    pub fn write(&self, ino: Ino, offset: u64, data: &[u8], kill: bool) -> Result<usize> {
+        let end = offset.checked_add(data.len() as u64).filter(|end| *end <= MAX_FILE_SIZE);
+        let Some(end) = end else { return os(libc::EFBIG) };
+        let mut tx = self.begin_growing()?;
+        tx.check_limit(data.len() as u64)?;
+        tx.open_for_write(ino)?;
+        let now = tx.now;
+        let inode = tx.inode(ino)?;
+        if offset > inode.size {
+            inode.flags |= SPARSE;
+        }
+        let sparse = inode.flags & SPARSE != 0;
+        inode.size = inode.size.max(end);
+        (inode.mtime, inode.ctime) = (now, now);
+        if kill {
+            clear_set_id(inode);
+        }
+        if sparse {
+            tx.st.allocated.remove(&ino);
+        }
+        let record = self.settings.record_size;
+        let state = &mut *tx.st;
+        let file = state.dirty.entry(ino).or_default();
+        let before = file.bytes();
+        file.write(offset, data, record, |start| state.full.push_back((ino, start)));
+        state.dirty_bytes = state.dirty_bytes + file.bytes() - before;
+        let seal_early = state.full.len() as u64 * record >= super::commit::SEAL_EARLY_BYTES;
+        tx.apply();
+        if seal_early {
+            self.wake.notify_one();
+        }
+        Ok(data.len())
+    }
+
+    /// fallocate(2): plain and keep-size only move the size (space is promised by the volume, not by blocks);
+    /// punch and zero make holes.
+    pub fn fallocate(&self, ino: Ino, offset: u64, len: u64, mode: i32) -> Result<()> {
+        let known = libc::FALLOC_FL_KEEP_SIZE | libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE;
+        if mode & !known != 0 {
+            return os(libc::EOPNOTSUPP);
+        }
+        let Some(end) = offset.checked_add(len).filter(|e| len > 0 && *e <= MAX_FILE_SIZE) else {
+            return os(if len == 0 { libc::EINVAL } else { libc::EFBIG });
+        };
+        let mut tx = self.begin_growing()?;
+        tx.open_for_write(ino)?;
+        let now = tx.now;
+        let inode = tx.inode(ino)?;
+        let old = inode.size;
+        (inode.mtime, inode.ctime) = (now, now);
+        if mode & libc::FALLOC_FL_KEEP_SIZE == 0 && end > old {
+            inode.size = end;
+            inode.flags |= SPARSE;
+        }
+        if mode & (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) != 0 && offset < old {
+            inode.flags |= SPARSE;
+            tx.punch(ino, offset..end.min(old));
+        }
+        tx.st.allocated.remove(&ino);
+        tx.apply();
+        Ok(())
+    }
+
+    /// The next data or hole at or after `offset`; `ENXIO` past the end.
+    pub fn seek(&self, ino: Ino, offset: u64, what: Seek) -> Result<u64> {
+        let state = self.state.lock();
+        let inode = state.inode(&*self.frames, ino)?;
+        if offset >= inode.size {
+            return os(libc::ENXIO);
+        }
+        if inode.flags & SPARSE == 0 {
+            return Ok(if what == Seek::Data { offset } else { inode.size });
+        }
+        let mut at = offset;
+        while at < inode.size {
+            let (is_data, end) = self.stretch(&state, ino, at, inode.size)?;
+            if is_data == (what == Seek::Data) {
+                return Ok(at);
+            }
+            at = end;
+        }
+        if what == Seek::Data { os(libc::ENXIO) } else { Ok(inode.size) }
+    }
+
+    /// copy_file_range(2): what is sealed is shared, only what is still in memory is copied. Returns the bytes
+    /// copied, fewer than `len` at the end of the source.
+    pub fn copy_range(&self, from: (Ino, u64), to: (Ino, u64), len: u64) -> Result<u64> {
+        let mut tx = self.begin_growing()?;
+        let source = tx.inode(from.0)?;
+        if source.kind() != FileType::Regular {
+            return os(libc::EINVAL);
+        }
+        let source_end = source.size.min(from.1.saturating_add(len));
+        if source_end <= from.1 {
+            return Ok(0);
+        }
+        // Bounded work in one critical section; the caller comes again for the rest.
+        let len = (source_end - from.1).min(1 << 30);
+        let Some(end) = to.1.checked_add(len).filter(|e| *e <= MAX_FILE_SIZE) else {
+            return os(libc::EFBIG);
+        };
+        let overlap = from.0 == to.0 && from.1 < to.1 + len && to.1 < from.1 + len;
+        if overlap {
+            return os(libc::EINVAL);
+        }
+        tx.open_for_write(to.0)?;
+        let pieces = self.pieces(&tx.st, from.0, from.1..from.1 + len)?;
+        let stored: u64 = pieces.iter().filter(|p| !matches!(p.source, Source::Hole)).map(|p| p.len).sum();
+        tx.check_limit(stored)?;
+        let now = tx.now;
+        let target = tx.inode(to.0)?;
+        if to.1 > target.size || stored < len {
+            target.flags |= SPARSE;
+        }
+        target.size = target.size.max(end);
+        (target.mtime, target.ctime) = (now, now);
+        clear_set_id(target);
+        for piece in &pieces {
+            tx.place(to.0, piece.start - from.1 + to.1, piece);
+        }
+        tx.st.allocated.remove(&to.0);
+        tx.apply();
+        Ok(len)
+    }
+}
+
+/// The part of an opened frame that an extent refers to; the lengths come from the tree and are checked here.
+fn frame_part(bytes: &Bytes, ptr: FramePtr, from: u32, len: u64) -> Result<Bytes> {
+    let start = from as usize;
+    match start.checked_add(len as usize) {
+        Some(end) if end <= bytes.len() => Ok(bytes.slice(start..end)),
+        _ => Err(log::Error::corrupt(
+            format!("frame {ptr:?}"),
+            format!("an extent refers to {len} bytes at {from} of a frame of {} bytes", bytes.len()),
+        )
+        .into()),
+    }
+}
+
+impl Tx<'_> {
+    /// The file may be written: it exists, is a regular file, and loses its capabilities.
+    fn open_for_write(&mut self, ino: Ino) -> Result<()> {
+        if self.inode(ino)?.kind() != FileType::Regular {
+            return os(libc::EINVAL);
+        }
+        self.drop_capability(ino)
+    }
+
+    /// `ENOSPC` when `more` bytes would pass the volume's size limit.
+    fn check_limit(&self, more: u64) -> Result<()> {
+        match self.fs.settings.size_limit {
+            Some(limit)
+                if self.st.live_bytes + self.st.dirty_bytes + self.st.sealing_bytes + more > limit =>
+            {
+                os(libc::ENOSPC)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes `range` of a file a hole.
+    pub fn punch(&mut self, ino: Ino, range: Range<u64>) {
+        let below = self.st.has_past(ino);
+        let state = &mut *self.st;
+        let file = state.dirty.entry(ino).or_default();
+        let before = file.bytes();
+        file.punch(range, below);
+        state.dirty_bytes = state.dirty_bytes + file.bytes() - before;
+    }
+
+    /// Puts a piece of another file at `offset`, cut at record boundaries.
+    fn place(&mut self, ino: Ino, offset: u64, piece: &Piece) {
+        let record = self.fs.settings.record_size;
+        let len = piece.len as usize;
+        if matches!(piece.source, Source::Hole) {
+            return self.punch(ino, offset..offset + piece.len);
+        }
+        let state = &mut *self.st;
+        let file = state.dirty.entry(ino).or_default();
+        let before = file.bytes();
+        match &piece.source {
+            Source::Memory(data, from) => file.write(offset, &data[*from..from + len], record, |_| {}),
+            Source::Frame(ptr, from) => {
+                let mut done = 0;
+                while done < piece.len {
+                    let at = offset + done;
+                    let part = (record - at % record).min(piece.len - done);
+                    let run = Run::Stored { ptr: *ptr, from: from + done as u32, len: part as u32 };
+                    file.share(at, run);
+                    done += part;
+                }
+            }
+            Source::Hole => {}
+        }
+        state.dirty_bytes = state.dirty_bytes + file.bytes() - before;
+    }
+}

@@ -1,0 +1,174 @@
+//! Where the bytes of a file lie: in memory, in the log, or nowhere (a hole).
+//! Invariant: an extent never crosses a record boundary of its file, so all extents that touch an offset start
+//! within its record. Requests only read extents; the committer alone changes them.
+
+use super::Fs;
+use super::dirty::Run;
+use super::error::Result;
+use super::state::State;
+use crate::log;
+use crate::tree::delta::Value;
+use crate::tree::key::{self, Key, KeyRef};
+use crate::tree::value::Extent;
+use crate::types::{FramePtr, Ino};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Where a piece of a file lies.
+#[derive(Clone, Debug)]
+pub(super) enum Source {
+    /// In memory, from this byte on.
+    Memory(Arc<Vec<u8>>, usize),
+    /// In a sealed frame, from this plain byte on.
+    Frame(FramePtr, u32),
+    /// Nowhere: zeros.
+    Hole,
+}
+
+/// A stretch of a file and where it lies.
+#[derive(Clone, Debug)]
+pub(super) struct Piece {
+    pub start: u64,
+    pub len: u64,
+    pub source: Source,
+}
+
+/// The file offset at which the extent with this key starts.
+pub(super) fn offset_of(key: &[u8]) -> Result<u64> {
+    match key::parse(key) {
+        Some(KeyRef::Extent { off, .. }) => Ok(off),
+        _ => Err(log::Error::corrupt("the tree", "a key among extents is no extent's").into()),
+    }
+}
+
+/// First offset at which an extent that touches `offset` can start.
+pub(super) fn scan_from(offset: u64, record: u64) -> u64 {
+    offset - offset % record
+}
+
+impl Fs {
+    /// What lies in `range` of the file, as pieces in file order without gaps.
+    pub(super) fn pieces(&self, state: &State, ino: Ino, range: Range<u64>) -> Result<Vec<Piece>> {
+        let mut pieces = Vec::new();
+        let mut gaps = vec![range.clone()];
+        let layers = [state.dirty.get(&ino), state.sealing.as_ref().and_then(|s| s.get(&ino))];
+        for file in layers.into_iter().flatten() {
+            let mut left = Vec::new();
+            for gap in gaps {
+                let mut at = gap.start;
+                for (start, run) in file.overlapping(gap.clone()) {
+                    let from = start.max(gap.start);
+                    let to = (start + run.len()).min(gap.end);
+                    if at < from {
+                        left.push(at..from);
+                    }
+                    pieces.push(Piece { start: from, len: to - from, source: run_source(run, from - start) });
+                    at = to;
+                }
+                if at < gap.end {
+                    left.push(at..gap.end);
+                }
+            }
+            gaps = left;
+        }
+        if state.has_past(ino) {
+            for gap in gaps {
+                self.stored_pieces(state, ino, gap, &mut pieces)?;
+            }
+        } else {
+            pieces.extend(gaps.into_iter().map(hole));
+        }
+        pieces.sort_unstable_by_key(|p| p.start);
+        Ok(pieces)
+    }
+
+    /// The pieces of a stretch that only the log can know of.
+    fn stored_pieces(&self, state: &State, ino: Ino, gap: Range<u64>, pieces: &mut Vec<Piece>) -> Result<()> {
+        let mut at = gap.start;
+        for (key, value) in self.extents(state, ino, gap.clone())? {
+            let (start, extent) = (offset_of(&key)?, Extent::decode(&value)?);
+            let from = start.max(at);
+            let to = (start + extent.len()).min(gap.end);
+            if to <= from {
+                continue;
+            }
+            if at < from {
+                pieces.push(hole(at..from));
+            }
+            let skip = from - start;
+            let source = match extent {
+                Extent::Stored { ptr, from, .. } => Source::Frame(ptr, from + skip as u32),
+                // Few bytes: a copy is cheaper than another kind of source.
+                Extent::Inline { bytes } => Source::Memory(Arc::new(bytes.to_vec()), skip as usize),
+            };
+            pieces.push(Piece { start: from, len: to - from, source });
+            at = to;
+        }
+        if at < gap.end {
+            pieces.push(hole(at..gap.end));
+        }
+        Ok(())
+    }
+
+    /// The extents that touch `range`, in file order.
+    fn extents(&self, state: &State, ino: Ino, range: Range<u64>) -> Result<Vec<(Key, Value)>> {
+        let from = scan_from(range.start, self.settings.record_size);
+        state.range(&*self.frames, key::extents(ino, from..range.end), usize::MAX)
+    }
+
+    /// The stretch that begins at `at`: what it is, and where it ends (never past `end`).
+    pub(super) fn stretch(&self, state: &State, ino: Ino, at: u64, end: u64) -> Result<(bool, u64)> {
+        let mut end = end;
+        let layers = [state.dirty.get(&ino), state.sealing.as_ref().and_then(|s| s.get(&ino))];
+        for file in layers.into_iter().flatten() {
+            if let Some((start, run)) = file.overlapping(at..end).next() {
+                if start <= at {
+                    return Ok((!matches!(run, Run::Hole(_)), end.min(start + run.len())));
+                }
+                end = start;
+            }
+        }
+        if !state.has_past(ino) {
+            return Ok((false, end));
+        }
+        let mut from = scan_from(at, self.settings.record_size);
+        while from < end {
+            let found = state.range(&*self.frames, key::extents(ino, from..end), 8)?;
+            let Some((last, _)) = found.last() else { break };
+            from = offset_of(last)? + 1;
+            for (key, value) in &found {
+                let (start, extent) = (offset_of(key)?, Extent::decode(value)?);
+                if start + extent.len() > at {
+                    let is_data = start <= at;
+                    return Ok((is_data, end.min(if is_data { start + extent.len() } else { start })));
+                }
+            }
+        }
+        Ok((false, end))
+    }
+
+    /// Bytes of the file that are not holes.
+    pub(super) fn allocated_bytes(&self, state: &State, ino: Ino, size: u64) -> Result<u64> {
+        let (mut at, mut sum) = (0, 0);
+        while at < size {
+            let (is_data, end) = self.stretch(state, ino, at, size)?;
+            if is_data {
+                sum += end - at;
+            }
+            at = end;
+        }
+        Ok(sum)
+    }
+}
+
+fn hole(range: Range<u64>) -> Piece {
+    Piece { start: range.start, len: range.end - range.start, source: Source::Hole }
+}
+
+fn run_source(run: &Run, skip: u64) -> Source {
+    match run {
+        Run::Data(bytes) => Source::Memory(bytes.clone(), skip as usize),
+        Run::Hole(_) => Source::Hole,
+        Run::Stored { ptr, from, .. } => Source::Frame(*ptr, from + skip as u32),
+    }
+}

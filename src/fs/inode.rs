@@ -1,0 +1,335 @@
+//! Attributes and extended attributes of inodes.
+//! Invariant: whoever changes data, owner or mode keeps the set-id bits and file capabilities as ext4 would.
+
+use super::error::{Result, os};
+use super::state::Tx;
+use super::{Caller, Fs, MAX_FILE_SIZE, NAME_MAX};
+use crate::tree::key::{self, KeyRef};
+use crate::tree::value::{Body, FileType, HAS_CAPABILITY_XATTR, HAS_XATTR, Inode, SPARSE};
+use crate::types::{Ino, Timestamp};
+
+/// Longest value of an extended attribute, in bytes (the kernel's own limit).
+const XATTR_VALUE_MAX: usize = 65536;
+const CAPABILITY: &[u8] = b"security.capability";
+
+/// An inode as `stat` shows it.
+#[derive(Clone, Debug)]
+pub struct Attr {
+    /// Its number.
+    pub ino: Ino,
+    /// Everything that is stored of it.
+    pub inode: Inode,
+    /// Allocated space in units of 512 bytes.
+    pub blocks: u64,
+}
+
+/// The attributes to change; `None` leaves one as it is.
+#[derive(Clone, Debug, Default)]
+pub struct SetAttr {
+    /// Permission bits with set-id and sticky bits.
+    pub mode: Option<u32>,
+    /// Owner.
+    pub uid: Option<u32>,
+    /// Group.
+    pub gid: Option<u32>,
+    /// Size in bytes (truncate or extend).
+    pub size: Option<u64>,
+    /// Access time; `Some(None)` is now.
+    pub atime: Option<Option<Timestamp>>,
+    /// Modification time; `Some(None)` is now.
+    pub mtime: Option<Option<Timestamp>>,
+    /// The caller may keep set-id bits over a truncation (CAP_FSETID).
+    pub privileged: bool,
+}
+
+/// What `setxattr` demands of the name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum XattrMode {
+    /// Set whether or not it is there.
+    Any,
+    /// It must be new (`XATTR_CREATE`).
+    Create,
+    /// It must be there (`XATTR_REPLACE`).
+    Replace,
+}
+
+impl Fs {
+    /// Attributes of an inode. `ESTALE` when it does not exist.
+    pub fn getattr(&self, ino: Ino) -> Result<Attr> {
+        let mut state = self.state.lock();
+        let inode = state.inode(&*self.frames, ino)?;
+        self.attr_of(&mut state, ino, inode)
+    }
+
+    pub(super) fn attr_of(&self, state: &mut super::state::State, ino: Ino, inode: Inode) -> Result<Attr> {
+        let bytes = match inode.kind() {
+            FileType::Regular if inode.flags & SPARSE != 0 => match state.allocated.get(&ino) {
+                Some(bytes) => *bytes,
+                None => {
+                    let bytes = self.allocated_bytes(state, ino, inode.size)?;
+                    if state.allocated.len() >= 4096 {
+                        state.allocated.clear();
+                    }
+                    state.allocated.insert(ino, bytes);
+                    bytes
+                }
+            },
+            FileType::Regular => inode.size,
+            _ => 0,
+        };
+        // Space is shown in whole blocks of 4096, as the applications know it.
+        Ok(Attr { ino, inode, blocks: bytes.div_ceil(4096) * 8 })
+    }
+
+    /// Changes attributes, all or none.
+    pub fn setattr(&self, ino: Ino, set: &SetAttr) -> Result<Attr> {
+        let mut tx = if set.size.is_some() { self.begin_growing()? } else { self.begin()? };
+        let now = tx.now;
+        if let Some(size) = set.size {
+            tx.truncate(ino, size, set.privileged)?;
+        }
+        let owner_changes = set.uid.is_some() || set.gid.is_some();
+        if owner_changes {
+            tx.drop_capability(ino)?;
+        }
+        let inode = tx.inode(ino)?;
+        if let Some(mode) = set.mode {
+            inode.mode = mode & 0o7777;
+        }
+        inode.uid = set.uid.unwrap_or(inode.uid);
+        inode.gid = set.gid.unwrap_or(inode.gid);
+        if owner_changes && set.mode.is_none() && inode.kind() != FileType::Directory {
+            clear_set_id(inode);
+        }
+        if let Some(atime) = set.atime {
+            inode.atime = atime.unwrap_or(now);
+        }
+        if let Some(mtime) = set.mtime {
+            inode.mtime = mtime.unwrap_or(now);
+        }
+        inode.ctime = now;
+        tx.apply();
+        self.getattr(ino)
+    }
+
+    /// The value of an extended attribute; `ENODATA` when it has none of that name.
+    pub fn getxattr(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>> {
+        let state = self.state.lock();
+        let inode = state.inode(&*self.frames, ino)?;
+        if inode.flags & HAS_XATTR == 0 {
+            return os(libc::ENODATA);
+        }
+        match state.get(&*self.frames, &key::xattr(ino, name))? {
+            Some(value) => Ok(crate::tree::value::decode_xattr(&value)?.to_vec()),
+            None => os(libc::ENODATA),
+        }
+    }
+
+    /// Names of all extended attributes, each ended by a zero byte.
+    pub fn listxattr(&self, ino: Ino) -> Result<Vec<u8>> {
+        let state = self.state.lock();
+        let inode = state.inode(&*self.frames, ino)?;
+        let mut out = Vec::new();
+        if inode.flags & HAS_XATTR != 0 {
+            for (key, _) in state.range(&*self.frames, key::xattrs(ino), usize::MAX)? {
+                if let Some(KeyRef::Xattr { name, .. }) = key::parse(&key) {
+                    out.extend_from_slice(name);
+                    out.push(0);
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    /// Sets an extended attribute.
+    pub fn setxattr(&self, ino: Ino, name: &[u8], value: &[u8], mode: XattrMode) -> Result<()> {
+        check_xattr_name(name)?;
+        if value.len() > XATTR_VALUE_MAX {
+            return os(libc::E2BIG);
+        }
+        let mut tx = self.begin_growing()?;
+        let now = tx.now;
+        let exists = tx.st.get(tx.frames(), &key::xattr(ino, name))?.is_some();
+        match mode {
+            XattrMode::Create if exists => return os(libc::EEXIST),
+            XattrMode::Replace if !exists => return os(libc::ENODATA),
+            _ => {}
+        }
+        let inode = tx.inode(ino)?;
+        inode.flags |= HAS_XATTR;
+        if name == CAPABILITY {
+            inode.flags |= HAS_CAPABILITY_XATTR;
+        }
+        inode.ctime = now;
+        tx.put(key::xattr(ino, name), Some(crate::tree::value::encode_xattr(value)));
+        tx.apply();
+        Ok(())
+    }
+
+    /// Removes an extended attribute; `ENODATA` when it is not there.
+    pub fn removexattr(&self, ino: Ino, name: &[u8]) -> Result<()> {
+        check_xattr_name(name)?;
+        let mut tx = self.begin()?;
+        let now = tx.now;
+        if tx.st.get(tx.frames(), &key::xattr(ino, name))?.is_none() {
+            return os(libc::ENODATA);
+        }
+        let inode = tx.inode(ino)?;
+        inode.ctime = now;
+        if name == CAPABILITY {
+            inode.flags &= !HAS_CAPABILITY_XATTR;
+        }
+        tx.put(key::xattr(ino, name), None);
+        tx.apply();
+        Ok(())
+    }
+
+    /// The kernel was told of the inode once more.
+    pub fn looked_up(&self, ino: Ino) {
+        self.state.lock().lookups.add(ino);
+    }
+
+    /// The kernel gave back `n` references; an unlinked inode nobody holds any more is freed.
+    pub fn forget(&self, ino: Ino, n: u64) -> Result<()> {
+        let mut state = self.state.lock();
+        if !state.lookups.forget(ino, n) || !state.orphans.contains(&ino) || self.settings.read_only {
+            return Ok(());
+        }
+        drop(state);
+        self.release_orphan(ino)
+    }
+
+    /// Frees an unlinked inode.
+    pub fn release_orphan(&self, ino: Ino) -> Result<()> {
+        let mut tx = self.begin()?;
+        if !tx.st.orphans.contains(&ino) {
+            return Ok(());
+        }
+        tx.release(ino)?;
+        tx.apply();
+        Ok(())
+    }
+
+    /// Inodes that were unlinked but not freed yet.
+    pub fn orphans(&self) -> Vec<Ino> {
+        self.state.lock().orphans.iter().copied().collect()
+    }
+}
+
+fn check_xattr_name(name: &[u8]) -> Result<()> {
+    if name.is_empty() || name.len() > NAME_MAX {
+        return os(libc::ERANGE);
+    }
+    // Without a kernel that hands ACLs through, storing them would promise what nobody enforces.
+    if name.starts_with(b"system.") {
+        return os(libc::EOPNOTSUPP);
+    }
+    Ok(())
+}
+
+/// A new inode with one name, all times `now`.
+pub(super) fn new_inode(body: Body, mode: u32, owner: Caller, now: Timestamp) -> Inode {
+    Inode {
+        mode: mode & 0o7777,
+        uid: owner.uid,
+        gid: owner.gid,
+        nlink: 1,
+        size: 0,
+        flags: 0,
+        atime: now,
+        mtime: now,
+        ctime: now,
+        btime: now,
+        body,
+    }
+}
+
+/// What writing to or giving away a file takes off its mode: set-user-id, and set-group-id where it means that.
+pub(super) fn clear_set_id(inode: &mut Inode) {
+    inode.mode &= !libc::S_ISUID;
+    if inode.mode & libc::S_IXGRP != 0 {
+        inode.mode &= !libc::S_ISGID;
+    }
+}
+
+/// What only a directory has, to be changed.
+pub(super) struct DirMut<'a> {
+    pub parent: &'a mut Ino,
+    pub next_entry: &'a mut u64,
+    pub entries: &'a mut u64,
+}
+
+/// The directory in an inode; `ENOTDIR` when it is something else.
+pub(super) fn dir_mut(inode: &mut Inode) -> Result<DirMut<'_>> {
+    match &mut inode.body {
+        Body::Directory { parent, next_entry, entries } => Ok(DirMut { parent, next_entry, entries }),
+        _ => os(libc::ENOTDIR),
+    }
+}
+
+impl Tx<'_> {
+    /// Sets the size; what lay beyond is gone, what is new reads as zero.
+    pub fn truncate(&mut self, ino: Ino, size: u64, privileged: bool) -> Result<()> {
+        if size > MAX_FILE_SIZE {
+            return os(libc::EFBIG);
+        }
+        let inode = self.inode(ino)?;
+        match inode.kind() {
+            FileType::Regular => {}
+            FileType::Directory => return os(libc::EISDIR),
+            _ => return os(libc::EINVAL),
+        }
+        let old = inode.size;
+        self.drop_capability(ino)?;
+        let now = self.now;
+        let inode = self.inode(ino)?;
+        inode.size = size;
+        (inode.mtime, inode.ctime) = (now, now);
+        if size > old {
+            inode.flags |= SPARSE;
+        }
+        if size == 0 {
+            inode.flags &= !SPARSE;
+        }
+        if !privileged {
+            clear_set_id(inode);
+        }
+        if size < old {
+            self.punch(ino, size..MAX_FILE_SIZE);
+        }
+        self.st.allocated.remove(&ino);
+        Ok(())
+    }
+
+    /// File capabilities do not survive a change of data or owner.
+    pub fn drop_capability(&mut self, ino: Ino) -> Result<()> {
+        let inode = self.inode(ino)?;
+        if inode.flags & HAS_CAPABILITY_XATTR != 0 {
+            inode.flags &= !HAS_CAPABILITY_XATTR;
+            self.put(key::xattr(ino, CAPABILITY), None);
+        }
+        Ok(())
+    }
+
+    /// Removes every trace of an inode without names.
+    pub fn release(&mut self, ino: Ino) -> Result<()> {
+        let inode = self.inode(ino)?.clone();
+        if inode.flags & HAS_XATTR != 0 {
+            for (key, _) in self.st.range(self.frames(), key::xattrs(ino), usize::MAX)? {
+                self.put(key, None);
+            }
+        }
+        if inode.kind() == FileType::Regular {
+            self.punch(ino, 0..MAX_FILE_SIZE);
+            if !self.st.has_past(ino) {
+                self.st.dirty.remove(&ino);
+            }
+        }
+        self.put(key::orphan(ino), None);
+        self.drop_inode(ino);
+        self.st.orphans.remove(&ino);
+        self.st.allocated.remove(&ino);
+        self.st.inodes -= 1;
+        Ok(())
+    }
+}

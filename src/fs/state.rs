@@ -1,0 +1,308 @@
+//! What a file system holds in memory, and the transaction over it.
+//! Invariant: the newest state of a key is in `active`, else in the first of `levels` that has it, else in `tree`;
+//! everything but `active` is immutable, so a commit takes the whole change by a pointer swap.
+
+use super::dirty::DirtyFile;
+use super::error::{Error, Result, os};
+use super::inode::new_inode;
+use super::lookups::Lookups;
+use super::{Caller, Fs, Settings};
+use crate::clock::Env;
+use crate::log::Frames;
+use crate::tree::btree::Tree;
+use crate::tree::delta::{Delta, Value};
+use crate::tree::key::{self, Key};
+use crate::tree::memtable::{Levels, weight};
+use crate::tree::value::{Body, Inode};
+use crate::types::{CommitNo, Ino, Timestamp};
+use parking_lot::MutexGuard;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Entry ids below this are `.` and `..`.
+pub(super) const FIRST_ENTRY: u64 = 3;
+
+/// What recovery hands over: the tree of the newest checkpoint, and the changes replayed behind it.
+pub struct Recovery {
+    /// Tree of the checkpoint.
+    pub tree: Tree,
+    /// Changes after it, merged.
+    pub replayed: Delta,
+    /// Newest commit in them.
+    pub last_commit: CommitNo,
+    /// Next inode number to hand out.
+    pub next_ino: u64,
+    /// File bytes the tree refers to.
+    pub live_bytes: u64,
+    /// Inodes in use.
+    pub inodes: u64,
+    /// Inodes that were unlinked but open; empty for a reader.
+    pub orphans: Vec<Ino>,
+}
+
+impl Recovery {
+    /// A volume without any commit.
+    pub fn empty() -> Recovery {
+        Recovery {
+            tree: Tree::default(),
+            replayed: Delta::new(),
+            last_commit: CommitNo(0),
+            next_ino: Ino::ROOT.0 + 1,
+            live_bytes: 0,
+            inodes: 0,
+            orphans: Vec::new(),
+        }
+    }
+}
+
+/// Changed keys of one or several commits, immutable.
+#[derive(Clone)]
+pub(super) struct Level {
+    pub delta: Arc<Delta>,
+    pub weight: usize,
+    /// Being merged into the tree: later commits may not be folded into it.
+    pub frozen: bool,
+}
+
+pub(super) type DirtyFiles = HashMap<Ino, DirtyFile>;
+
+pub(super) struct State {
+    /// Changes of the running generation.
+    pub active: Delta,
+    pub active_weight: usize,
+    /// Newest first: the commit under way (if any), committed ones, frozen ones.
+    pub levels: Vec<Level>,
+    pub tree: Tree,
+    /// The commit that will carry `active`.
+    pub generation: CommitNo,
+    /// Inodes from this number on were made in the running generation: the log knows nothing of them.
+    pub first_new: u64,
+    /// When the oldest change of the running generation was made.
+    pub changed_at: Option<Duration>,
+    pub next_ino: u64,
+    pub live_bytes: u64,
+    pub inodes: u64,
+    pub dirty: DirtyFiles,
+    pub dirty_bytes: u64,
+    /// Runs of the generation that is being committed.
+    pub sealing: Option<Arc<DirtyFiles>>,
+    pub sealing_bytes: u64,
+    /// Runs that have become whole records and can be sealed early.
+    pub full: VecDeque<(Ino, u64)>,
+    pub lookups: Lookups,
+    pub orphans: HashSet<Ino>,
+    /// Allocated bytes of sparse files, as last computed.
+    pub allocated: HashMap<Ino, u64>,
+    pub waiting_for_space: Vec<Box<dyn FnOnce() + Send>>,
+    pub no_space: bool,
+    pub failed: Option<String>,
+    /// Commits up to this are asked for now.
+    pub wanted: CommitNo,
+    /// Commits up to this are asked to be in closed segments.
+    pub wanted_closed: CommitNo,
+    /// The committer shall end when there is nothing left to commit.
+    pub stopping: bool,
+}
+
+impl State {
+    pub fn new(recovery: Recovery, settings: &Settings, env: &Env) -> State {
+        let replayed_weight = recovery.replayed.iter().map(|(k, v)| weight(k, v)).sum();
+        let mut state = State {
+            active: Delta::new(),
+            active_weight: 0,
+            levels: Vec::new(),
+            tree: recovery.tree,
+            generation: CommitNo(recovery.last_commit.0 + 1),
+            first_new: recovery.next_ino,
+            changed_at: None,
+            next_ino: recovery.next_ino,
+            live_bytes: recovery.live_bytes,
+            inodes: recovery.inodes,
+            dirty: HashMap::new(),
+            dirty_bytes: 0,
+            sealing: None,
+            sealing_bytes: 0,
+            full: VecDeque::new(),
+            lookups: Lookups::default(),
+            orphans: recovery.orphans.into_iter().collect(),
+            allocated: HashMap::new(),
+            waiting_for_space: Vec::new(),
+            no_space: false,
+            failed: None,
+            wanted: CommitNo(0),
+            wanted_closed: CommitNo(0),
+            stopping: false,
+        };
+        if !recovery.replayed.is_empty() {
+            let level = Level { delta: Arc::new(recovery.replayed), weight: replayed_weight, frozen: false };
+            state.levels.push(level);
+        }
+        if recovery.last_commit == CommitNo(0) {
+            state.make_root(settings, env);
+        }
+        state
+    }
+
+    /// A volume without a commit has an empty root directory; a writer will commit it, a reader only shows it.
+    fn make_root(&mut self, settings: &Settings, env: &Env) {
+        let now = env.clock.now();
+        let body = Body::Directory { parent: Ino::ROOT, next_entry: FIRST_ENTRY, entries: 0 };
+        let mut root = new_inode(body, 0o755, Caller { uid: 0, gid: 0 }, now);
+        root.nlink = 2;
+        self.inodes = 1;
+        self.put(key::inode(Ino::ROOT), Some(root.encode()));
+        if !settings.read_only {
+            self.touch(env.clock.monotonic());
+        }
+    }
+
+    pub fn put(&mut self, key: Key, value: Option<Value>) {
+        self.active_weight += weight(&key, &value);
+        self.active.insert(key, value);
+    }
+
+    /// Marks the running generation as changed.
+    pub fn touch(&mut self, now: Duration) {
+        self.changed_at.get_or_insert(now);
+    }
+
+    pub fn newest_change(&self) -> CommitNo {
+        if self.changed_at.is_some() { self.generation } else { CommitNo(self.generation.0 - 1) }
+    }
+
+    pub fn has_room(&self, settings: &Settings) -> bool {
+        self.dirty_bytes + self.sealing_bytes < settings.dirty_max
+            && self.active_weight < settings.memtable_max
+    }
+
+    pub fn memtable_weight(&self) -> usize {
+        self.active_weight + self.levels.iter().map(|l| l.weight).sum::<usize>()
+    }
+
+    pub fn get(&self, frames: &dyn Frames, key: &[u8]) -> Result<Option<Value>> {
+        if let Some(value) = self.active.get(key) {
+            return Ok(value.clone());
+        }
+        for level in &self.levels {
+            if let Some(value) = level.delta.get(key) {
+                return Ok(value.clone());
+            }
+        }
+        Ok(self.tree.get(frames, key)?.map(|bytes| Value::from(bytes.as_ref())))
+    }
+
+    pub fn range(&self, frames: &dyn Frames, range: Range<Key>, limit: usize) -> Result<Vec<(Key, Value)>> {
+        let mut maps: Vec<&Delta> = Vec::with_capacity(self.levels.len() + 1);
+        maps.push(&self.active);
+        maps.extend(self.levels.iter().map(|l| &*l.delta));
+        Ok(Levels { maps: &maps, tree: &self.tree, frames }.range(&range.start, &range.end, limit)?)
+    }
+
+    pub fn inode(&self, frames: &dyn Frames, ino: Ino) -> Result<Inode> {
+        match self.get(frames, &key::inode(ino))? {
+            Some(value) => Ok(Inode::decode(&value)?),
+            None => os(libc::ESTALE),
+        }
+    }
+
+    /// True when the log may hold bytes of this file.
+    pub fn has_past(&self, ino: Ino) -> bool {
+        ino.0 < self.first_new
+    }
+}
+
+/// One operation that changes things: reads freely, collects its changes, and applies them all at the end.
+pub(super) struct Tx<'a> {
+    pub fs: &'a Fs,
+    pub st: MutexGuard<'a, State>,
+    /// The instant every time stamp of this operation takes.
+    pub now: Timestamp,
+    inodes: Vec<(Ino, Inode)>,
+    puts: Vec<(Key, Option<Value>)>,
+}
+
+impl Fs {
+    /// Begins a change; refused when nothing may be changed.
+    pub(super) fn begin(&self) -> Result<Tx<'_>> {
+        if self.settings.read_only {
+            return os(libc::EROFS);
+        }
+        let st = self.state.lock();
+        if st.failed.is_some() {
+            return os(libc::EROFS);
+        }
+        Ok(Tx { fs: self, st, now: self.env.clock.now(), inodes: Vec::new(), puts: Vec::new() })
+    }
+
+    /// Begins a change that needs room: more bytes or more names.
+    pub(super) fn begin_growing(&self) -> Result<Tx<'_>> {
+        let tx = self.begin()?;
+        if tx.st.no_space {
+            return os(libc::ENOSPC);
+        }
+        if !tx.st.has_room(&self.settings) {
+            return Err(Error::Busy);
+        }
+        Ok(tx)
+    }
+}
+
+impl Tx<'_> {
+    pub fn frames(&self) -> &dyn Frames {
+        &*self.fs.frames
+    }
+
+    /// The inode, loaded once; what is changed through the reference is written by [`Tx::apply`].
+    pub fn inode(&mut self, ino: Ino) -> Result<&mut Inode> {
+        let at = match self.inodes.iter().position(|(n, _)| *n == ino) {
+            Some(at) => at,
+            None => {
+                let inode = self.st.inode(&*self.fs.frames, ino)?;
+                self.inodes.push((ino, inode));
+                self.inodes.len() - 1
+            }
+        };
+        Ok(&mut self.inodes[at].1)
+    }
+
+    /// A new inode, or the replacement of one.
+    pub fn set_inode(&mut self, ino: Ino, inode: Inode) {
+        self.inodes.retain(|(n, _)| *n != ino);
+        self.inodes.push((ino, inode));
+    }
+
+    /// The inode is gone: it will not be written by [`Tx::apply`].
+    pub fn drop_inode(&mut self, ino: Ino) {
+        self.inodes.retain(|(n, _)| *n != ino);
+        self.put(key::inode(ino), None);
+    }
+
+    pub fn put(&mut self, key: Key, value: Option<Value>) {
+        self.puts.push((key, value));
+    }
+
+    /// A fresh inode number; taken only if the operation is applied.
+    pub fn next_ino(&mut self) -> Ino {
+        let ino = Ino(self.st.next_ino);
+        self.st.next_ino += 1;
+        ino
+    }
+
+    /// Makes the change visible. Nothing can fail from here on.
+    pub fn apply(mut self) {
+        for (key, value) in self.puts.drain(..) {
+            self.st.put(key, value);
+        }
+        for (ino, inode) in self.inodes.drain(..) {
+            self.st.put(key::inode(ino), Some(inode.encode()));
+        }
+        let first = self.st.changed_at.is_none();
+        self.st.touch(self.fs.env.clock.monotonic());
+        drop(self.st);
+        if first {
+            self.fs.wake.notify_one();
+        }
+    }
+}

@@ -1,0 +1,567 @@
+//! From FUSE requests to file-system operations and back: unpack, one call, reply.
+//! Invariant: no request waits on the dispatch thread. What needs the network, the disk's sync or room is handed
+//! to the pool together with its reply; a handler that panics answers EIO and is logged.
+
+use super::convert::{file_attr, kind_of, timestamp};
+use super::serve::{Requests, Served};
+use crate::fs::{self, Attr, Caller, Fs, NewNode, Seek, SetAttr, XattrMode};
+use crate::tree::value::FileType;
+use crate::types::Ino;
+use fuser::{
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+/// Every change goes through the kernel that caches it, so names and attributes never grow old.
+const TTL: Duration = Duration::from_secs(365 * 86_400);
+/// Entries taken from the file system at once for a readdir reply.
+const DIR_BATCH: usize = 256;
+/// Largest request, in bytes (the kernel's page limit allows no more).
+const REQUEST_MAX: u32 = 1 << 20;
+const GENERATION: Generation = Generation(0);
+
+/// The FUSE side of one mount.
+pub struct Adapter {
+    requests: Arc<Requests>,
+}
+
+impl Adapter {
+    /// An adapter over `requests`.
+    pub fn new(requests: Arc<Requests>) -> Adapter {
+        Adapter { requests }
+    }
+
+    fn serve<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        op: impl FnMut(&Fs) -> fs::Result<T> + Send + 'static,
+        reply: impl FnOnce(&Fs, Served<T>) + Send + 'static,
+    ) {
+        self.requests.serve(what, op, reply);
+    }
+
+    fn serve_empty(
+        &self,
+        what: &'static str,
+        op: impl FnMut(&Fs) -> fs::Result<()> + Send + 'static,
+        reply: ReplyEmpty,
+    ) {
+        self.serve(what, op, move |_, result| match result {
+            Ok(()) => reply.ok(),
+            Err(e) => reply.error(Errno::from_i32(e)),
+        });
+    }
+
+    fn serve_attr(
+        &self,
+        what: &'static str,
+        op: impl FnMut(&Fs) -> fs::Result<Attr> + Send + 'static,
+        reply: ReplyAttr,
+    ) {
+        self.serve(what, op, move |_, result| match result {
+            Ok(attr) => reply.attr(&TTL, &file_attr(&attr)),
+            Err(e) => reply.error(Errno::from_i32(e)),
+        });
+    }
+
+    fn serve_entry(
+        &self,
+        what: &'static str,
+        op: impl FnMut(&Fs) -> fs::Result<Attr> + Send + 'static,
+        reply: ReplyEntry,
+    ) {
+        self.serve(what, op, move |fs, result| match result {
+            Ok(attr) => {
+                fs.looked_up(attr.ino);
+                reply.entry(&TTL, &file_attr(&attr), GENERATION);
+            }
+            Err(e) => reply.error(Errno::from_i32(e)),
+        });
+    }
+
+    fn make(&self, req: &Request, parent: INodeNo, name: &OsStr, node: OwnedNode, reply: ReplyEntry) {
+        let (caller, name) = (caller(req), name.as_bytes().to_vec());
+        self.serve_entry("make", move |fs| fs.make(ino(parent), &name, &node.borrow(), caller), reply);
+    }
+}
+
+/// A [`NewNode`] that can wait for its turn.
+struct OwnedNode {
+    kind: FileType,
+    mode: u32,
+    rdev: u32,
+    target: Vec<u8>,
+}
+
+impl OwnedNode {
+    fn new(kind: FileType, mode: u32) -> OwnedNode {
+        OwnedNode { kind, mode, rdev: 0, target: Vec::new() }
+    }
+
+    fn borrow(&self) -> NewNode<'_> {
+        NewNode { kind: self.kind, mode: self.mode, rdev: self.rdev, target: &self.target }
+    }
+}
+
+fn ino(n: INodeNo) -> Ino {
+    Ino(n.0)
+}
+
+fn caller(req: &Request) -> Caller {
+    Caller { uid: req.uid(), gid: req.gid() }
+}
+
+fn time_or_now(time: TimeOrNow) -> Option<crate::types::Timestamp> {
+    match time {
+        TimeOrNow::SpecificTime(t) => Some(timestamp(t)),
+        TimeOrNow::Now => None,
+    }
+}
+
+impl Filesystem for Adapter {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
+        let wanted = [
+            InitFlags::FUSE_ASYNC_READ,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_CACHE_SYMLINKS,
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_READDIRPLUS_AUTO,
+            InitFlags::FUSE_EXPLICIT_INVAL_DATA,
+            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
+            InitFlags::FUSE_HANDLE_KILLPRIV_V2,
+        ];
+        for flag in wanted {
+            // An older kernel that lacks one only loses speed.
+            let _ = config.add_capabilities(flag);
+        }
+        let _ = config.set_max_write(REQUEST_MAX);
+        let _ = config.set_max_background(128);
+        let _ = config.set_congestion_threshold(96);
+        Ok(())
+    }
+
+    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let name = name.as_bytes().to_vec();
+        self.serve(
+            "lookup",
+            move |fs| fs.lookup(ino(parent), &name),
+            move |fs, result| match result {
+                Ok(attr) => {
+                    fs.looked_up(attr.ino);
+                    reply.entry(&TTL, &file_attr(&attr), GENERATION);
+                }
+                // Inode 0 lets the kernel remember that there is no such name.
+                Err(libc::ENOENT) => reply.entry(&TTL, &super::convert::negative(), GENERATION),
+                Err(e) => reply.error(Errno::from_i32(e)),
+            },
+        );
+    }
+
+    fn forget(&self, _req: &Request, n: INodeNo, nlookup: u64) {
+        self.serve("forget", move |fs| fs.forget(ino(n), nlookup), |_, _| ());
+    }
+
+    fn getattr(&self, _req: &Request, n: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        self.serve_attr("getattr", move |fs| fs.getattr(ino(n)), reply);
+    }
+
+    fn setattr(
+        &self,
+        req: &Request,
+        n: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _fh: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let set = SetAttr {
+            mode,
+            uid,
+            gid,
+            size,
+            atime: atime.map(time_or_now),
+            mtime: mtime.map(time_or_now),
+            privileged: req.uid() == 0,
+        };
+        self.serve_attr("setattr", move |fs| fs.setattr(ino(n), &set), reply);
+    }
+
+    fn readlink(&self, _req: &Request, n: INodeNo, reply: ReplyData) {
+        self.serve(
+            "readlink",
+            move |fs| fs.readlink(ino(n)),
+            move |_, result| match result {
+                Ok(target) => reply.data(&target),
+                Err(e) => reply.error(Errno::from_i32(e)),
+            },
+        );
+    }
+
+    fn mknod(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        match kind_of(mode) {
+            Some(kind) => {
+                let node = OwnedNode { rdev, ..OwnedNode::new(kind, mode) };
+                self.make(req, parent, name, node, reply);
+            }
+            None => reply.error(Errno::from_i32(libc::EINVAL)),
+        }
+    }
+
+    fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, reply: ReplyEntry) {
+        self.make(req, parent, name, OwnedNode::new(FileType::Directory, mode), reply);
+    }
+
+    fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let name = name.as_bytes().to_vec();
+        self.serve_empty("unlink", move |fs| fs.unlink(ino(parent), &name), reply);
+    }
+
+    fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let name = name.as_bytes().to_vec();
+        self.serve_empty("rmdir", move |fs| fs.rmdir(ino(parent), &name), reply);
+    }
+
+    fn symlink(&self, req: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        let target = target.as_os_str().as_bytes().to_vec();
+        let node = OwnedNode { target, ..OwnedNode::new(FileType::Symlink, 0o777) };
+        self.make(req, parent, name, node, reply);
+    }
+
+    fn rename(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        newparent: INodeNo,
+        newname: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let (name, newname) = (name.as_bytes().to_vec(), newname.as_bytes().to_vec());
+        let caller = caller(req);
+        let op =
+            move |fs: &Fs| fs.rename((ino(parent), &name), (ino(newparent), &newname), flags.bits(), caller);
+        self.serve_empty("rename", op, reply);
+    }
+
+    fn link(&self, _req: &Request, n: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
+        let newname = newname.as_bytes().to_vec();
+        self.serve_entry("link", move |fs| fs.link(ino(n), ino(newparent), &newname), reply);
+    }
+
+    // Handles carry no state: the kernel need not ask before it opens.
+    fn open(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        reply.error(Errno::from_i32(libc::ENOSYS));
+    }
+
+    fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        reply.error(Errno::from_i32(libc::ENOSYS));
+    }
+
+    // Errors are reported by the write itself; there is nothing left to say at close.
+    fn flush(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+        reply.error(Errno::from_i32(libc::ENOSYS));
+    }
+
+    fn create(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        let (caller, name) = (caller(req), name.as_bytes().to_vec());
+        self.serve(
+            "create",
+            move |fs| {
+                let node = NewNode { kind: FileType::Regular, mode, rdev: 0, target: b"" };
+                fs.make(ino(parent), &name, &node, caller)
+            },
+            move |fs, result| match result {
+                Ok(attr) => {
+                    fs.looked_up(attr.ino);
+                    let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH;
+                    reply.created(&TTL, &file_attr(&attr), GENERATION, FileHandle(0), flags);
+                }
+                Err(e) => reply.error(Errno::from_i32(e)),
+            },
+        );
+    }
+
+    fn read(
+        &self,
+        _req: &Request,
+        n: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        self.requests.read(ino(n), offset, size as usize, move |result| match result {
+            Ok(bytes) => reply.data(&bytes),
+            Err(e) => reply.error(Errno::from_i32(e)),
+        });
+    }
+
+    fn write(
+        &self,
+        _req: &Request,
+        n: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        self.requests.write(ino(n), offset, data, kill, move |result| match result {
+            Ok(written) => reply.written(written as u32),
+            Err(e) => reply.error(Errno::from_i32(e)),
+        });
+    }
+
+    fn fsync(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        self.requests.fsync(move |result| match result {
+            Ok(()) => reply.ok(),
+            Err(e) => reply.error(Errno::from_i32(e)),
+        });
+    }
+
+    fn fsyncdir(&self, req: &Request, n: INodeNo, fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
+        self.fsync(req, n, fh, datasync, reply);
+    }
+
+    fn readdir(&self, _req: &Request, n: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectory) {
+        self.serve(
+            "readdir",
+            move |fs| fs.readdir(ino(n), offset, DIR_BATCH),
+            move |_, result| {
+                let mut reply = reply;
+                match result {
+                    Ok(items) => {
+                        for item in items {
+                            let kind = super::convert::fuse_kind(item.kind);
+                            if reply.add(
+                                INodeNo(item.ino.0),
+                                item.cookie,
+                                kind,
+                                OsStr::from_bytes(&item.name),
+                            ) {
+                                break;
+                            }
+                        }
+                        reply.ok();
+                    }
+                    Err(e) => reply.error(Errno::from_i32(e)),
+                }
+            },
+        );
+    }
+
+    fn readdirplus(
+        &self,
+        _req: &Request,
+        n: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        reply: ReplyDirectoryPlus,
+    ) {
+        self.serve(
+            "readdirplus",
+            move |fs| fs.readdir_plus(ino(n), offset, DIR_BATCH),
+            move |fs, result| {
+                let mut reply = reply;
+                match result {
+                    Ok(items) => {
+                        for (item, attr) in items {
+                            let name = OsStr::from_bytes(&item.name);
+                            let full = reply.add(
+                                INodeNo(item.ino.0),
+                                item.cookie,
+                                name,
+                                &TTL,
+                                &file_attr(&attr),
+                                GENERATION,
+                            );
+                            if full {
+                                break;
+                            }
+                            if item.name != b"." && item.name != b".." {
+                                fs.looked_up(item.ino);
+                            }
+                        }
+                        reply.ok();
+                    }
+                    Err(e) => reply.error(Errno::from_i32(e)),
+                }
+            },
+        );
+    }
+
+    fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        let s = self.requests.statfs();
+        reply.statfs(
+            s.blocks,
+            s.free,
+            s.free,
+            s.files,
+            s.files_free,
+            s.block_size,
+            fs::NAME_MAX as u32,
+            s.block_size,
+        );
+    }
+
+    fn setxattr(
+        &self,
+        _req: &Request,
+        n: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        let (name, value) = (name.as_bytes().to_vec(), value.to_vec());
+        let mode = match flags {
+            libc::XATTR_CREATE => XattrMode::Create,
+            libc::XATTR_REPLACE => XattrMode::Replace,
+            _ => XattrMode::Any,
+        };
+        self.serve_empty("setxattr", move |fs| fs.setxattr(ino(n), &name, &value, mode), reply);
+    }
+
+    fn getxattr(&self, _req: &Request, n: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        let name = name.as_bytes().to_vec();
+        self.serve("getxattr", move |fs| fs.getxattr(ino(n), &name), move |_, r| reply_xattr(reply, size, r));
+    }
+
+    fn listxattr(&self, _req: &Request, n: INodeNo, size: u32, reply: ReplyXattr) {
+        self.serve("listxattr", move |fs| fs.listxattr(ino(n)), move |_, r| reply_xattr(reply, size, r));
+    }
+
+    fn removexattr(&self, _req: &Request, n: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let name = name.as_bytes().to_vec();
+        self.serve_empty("removexattr", move |fs| fs.removexattr(ino(n), &name), reply);
+    }
+
+    fn ioctl(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _flags: IoctlFlags,
+        _cmd: u32,
+        _in_data: &[u8],
+        _out_size: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(Errno::from_i32(libc::ENOTTY));
+    }
+
+    fn fallocate(
+        &self,
+        _req: &Request,
+        n: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        self.serve_empty("fallocate", move |fs| fs.fallocate(ino(n), offset, length, mode), reply);
+    }
+
+    fn lseek(
+        &self,
+        _req: &Request,
+        n: INodeNo,
+        _fh: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
+        let what = match whence {
+            libc::SEEK_DATA => Seek::Data,
+            libc::SEEK_HOLE => Seek::Hole,
+            _ => return reply.error(Errno::from_i32(libc::EINVAL)),
+        };
+        let Ok(offset) = u64::try_from(offset) else {
+            return reply.error(Errno::from_i32(libc::ENXIO));
+        };
+        self.serve(
+            "lseek",
+            move |fs| fs.seek(ino(n), offset, what),
+            move |_, result| match result {
+                Ok(at) => reply.offset(at as i64),
+                Err(e) => reply.error(Errno::from_i32(e)),
+            },
+        );
+    }
+
+    fn copy_file_range(
+        &self,
+        _req: &Request,
+        ino_in: INodeNo,
+        _fh_in: FileHandle,
+        offset_in: u64,
+        ino_out: INodeNo,
+        _fh_out: FileHandle,
+        offset_out: u64,
+        len: u64,
+        _flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        self.serve(
+            "copy_file_range",
+            move |fs| fs.copy_range((ino(ino_in), offset_in), (ino(ino_out), offset_out), len),
+            move |_, result| match result {
+                Ok(copied) => reply.written(copied as u32),
+                Err(e) => reply.error(Errno::from_i32(e)),
+            },
+        );
+    }
+}
+
+/// Replies with the value, its size when the caller only asks for that, or ERANGE when its buffer is too small.
+fn reply_xattr(reply: ReplyXattr, size: u32, result: Served<Vec<u8>>) {
+    match result {
+        Ok(value) if size == 0 => reply.size(value.len() as u32),
+        Ok(value) if value.len() > size as usize => reply.error(Errno::from_i32(libc::ERANGE)),
+        Ok(value) => reply.data(&value),
+        Err(e) => reply.error(Errno::from_i32(e)),
+    }
+}

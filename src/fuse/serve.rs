@@ -1,0 +1,246 @@
+//! Carrying a request to its reply: at once if it can be answered from here, else through the pool.
+//! Invariant: every request is answered exactly once, within a bound; what fails is logged with its operation.
+
+use crate::fs::{self, Fs};
+use crate::log;
+use crate::types::{CommitNo, FramePtr, Ino};
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+
+/// An operation's result as the kernel takes it: a value or an errno.
+pub(super) type Served<T> = Result<T, i32>;
+
+/// How often an operation is tried again with more frames; each time at least one more is here.
+const FETCH_ROUNDS: usize = 4096;
+/// How long a writer waits for room before it gets an error.
+const SPACE_TIMEOUT: Duration = Duration::from_secs(300);
+/// Bytes fetched ahead of a sequential reader whose data is only in the store.
+const READ_AHEAD: u64 = 8 << 20;
+
+/// What the requests of a mount need from the layers that ship and fetch.
+pub trait Backend: Send + Sync {
+    /// Brings frames to this host; bounded in time.
+    fn fetch(&self, ptrs: Vec<FramePtr>) -> BoxFuture<'_, log::Result<()>>;
+    /// Calls `done` once, when the commit is durable at the mount's protection level or cannot be.
+    fn when_durable(&self, commit: CommitNo, done: Box<dyn FnOnce(Result<(), String>) + Send>);
+    /// True when an fsync must wait for the store.
+    fn ships_on_fsync(&self) -> bool;
+    /// Bytes the spool's disk has left.
+    fn free_bytes(&self) -> u64;
+}
+
+/// Size of the volume, in blocks of `block_size` bytes.
+pub struct StatFs {
+    pub(super) blocks: u64,
+    pub(super) free: u64,
+    pub(super) files: u64,
+    pub(super) files_free: u64,
+    pub(super) block_size: u32,
+}
+
+/// The requests of one mount.
+pub struct Requests {
+    fs: Arc<Fs>,
+    backend: Arc<dyn Backend>,
+    pool: Handle,
+    /// Requests that had to wait for frames, since the mount began.
+    pub fetched: AtomicU64,
+    /// Requests that had to wait for room.
+    pub throttled: AtomicU64,
+}
+
+impl Requests {
+    /// Requests over `fs`, with waiting ones on `pool`.
+    pub fn new(fs: Arc<Fs>, backend: Arc<dyn Backend>, pool: Handle) -> Arc<Requests> {
+        Arc::new(Requests { fs, backend, pool, fetched: AtomicU64::new(0), throttled: AtomicU64::new(0) })
+    }
+
+    /// Runs `op`, and `reply` with its result, here or on the pool.
+    pub(super) fn serve<T: Send + 'static>(
+        self: &Arc<Self>,
+        what: &'static str,
+        mut op: impl FnMut(&Fs) -> fs::Result<T> + Send + 'static,
+        reply: impl FnOnce(&Fs, Served<T>) + Send + 'static,
+    ) {
+        match self.attempt(what, &mut op) {
+            Err(e) if wants_retry(&e) => {
+                let this = self.clone();
+                self.pool.spawn(async move {
+                    let result = this.retry(what, op, e).await;
+                    reply(&this.fs, result);
+                });
+            }
+            result => reply(&self.fs, result.map_err(|e| report(what, &e))),
+        }
+    }
+
+    /// Reads; what must come from the store brings what follows along.
+    pub(super) fn read(
+        self: &Arc<Self>,
+        ino: Ino,
+        offset: u64,
+        len: usize,
+        reply: impl FnOnce(Served<Bytes>) + Send + 'static,
+    ) {
+        let mut op = move |fs: &Fs| fs.read(ino, offset, len);
+        match self.attempt("read", &mut op) {
+            Err(e) if wants_retry(&e) => {
+                let this = self.clone();
+                self.pool.spawn(async move {
+                    this.read_ahead(ino, offset + len as u64);
+                    reply(this.retry("read", op, e).await);
+                });
+            }
+            result => reply(result.map_err(|e| report("read", &e))),
+        }
+    }
+
+    fn read_ahead(self: &Arc<Self>, ino: Ino, from: u64) {
+        let ahead =
+            catch_unwind(AssertUnwindSafe(|| self.fs.frames_of(ino, from..from.saturating_add(READ_AHEAD))));
+        if let Ok(Ok(ptrs)) = ahead
+            && !ptrs.is_empty()
+        {
+            let this = self.clone();
+            self.pool.spawn(async move {
+                if let Err(e) = this.backend.fetch(ptrs).await {
+                    ::log::debug!("read-ahead: {e}"); // the read itself will say it aloud
+                }
+            });
+        }
+    }
+
+    /// Writes; the bytes are copied only if the write has to wait.
+    pub(super) fn write(
+        self: &Arc<Self>,
+        ino: Ino,
+        offset: u64,
+        data: &[u8],
+        kill: bool,
+        reply: impl FnOnce(Served<usize>) + Send + 'static,
+    ) {
+        match self.attempt("write", &mut |fs| fs.write(ino, offset, data, kill)) {
+            Err(e) if wants_retry(&e) => {
+                let (this, data) = (self.clone(), data.to_vec());
+                self.pool.spawn(async move {
+                    reply(this.retry("write", move |fs| fs.write(ino, offset, &data, kill), e).await);
+                });
+            }
+            result => reply(result.map_err(|e| report("write", &e))),
+        }
+    }
+
+    /// Replies when everything written before is durable at the mount's protection level.
+    pub(super) fn fsync(self: &Arc<Self>, reply: impl FnOnce(Served<()>) + Send + 'static) {
+        if let Some(reason) = self.fs.failure() {
+            ::log::error!("fsync: {reason}");
+            return reply(Err(libc::EIO));
+        }
+        let commit = self.fs.sync_point();
+        self.fs.request_commit(commit, self.backend.ships_on_fsync());
+        let done = move |result: Result<(), String>| {
+            reply(result.map_err(|reason| {
+                ::log::error!("fsync of commit {}: {reason}", commit.0);
+                libc::EIO
+            }));
+        };
+        self.backend.when_durable(commit, Box::new(done));
+    }
+
+    pub(super) fn statfs(&self) -> StatFs {
+        const BLOCK: u64 = 4096;
+        let usage = self.fs.usage();
+        let room = self.backend.free_bytes();
+        let free = match self.fs.settings.size_limit {
+            Some(limit) => limit.saturating_sub(usage.used).min(room),
+            None => room,
+        };
+        let total = self.fs.settings.size_limit.unwrap_or(usage.used.saturating_add(room));
+        // Inodes are never scarce; a large round number keeps tools that divide by it happy.
+        let files_free = 1 << 40;
+        StatFs {
+            blocks: total / BLOCK,
+            free: free / BLOCK,
+            files: usage.inodes + files_free,
+            files_free,
+            block_size: BLOCK as u32,
+        }
+    }
+
+    /// One try. A panic inside becomes EIO: the mount goes on.
+    fn attempt<T>(&self, what: &str, op: &mut impl FnMut(&Fs) -> fs::Result<T>) -> fs::Result<T> {
+        catch_unwind(AssertUnwindSafe(|| op(&self.fs))).unwrap_or_else(|panic| {
+            let text = panic
+                .downcast_ref::<String>()
+                .map(String::as_str)
+                .or_else(|| panic.downcast_ref::<&str>().copied())
+                .unwrap_or("no message");
+            ::log::error!("{what}: panic: {text}");
+            Err(fs::Error::Os(libc::EIO))
+        })
+    }
+
+    async fn retry<T>(
+        &self,
+        what: &'static str,
+        mut op: impl FnMut(&Fs) -> fs::Result<T>,
+        mut error: fs::Error,
+    ) -> Served<T> {
+        for _ in 0..FETCH_ROUNDS {
+            if let Some(ptrs) = error.missing() {
+                self.fetched.fetch_add(1, Ordering::Relaxed);
+                if let Err(e) = self.backend.fetch(ptrs.to_vec()).await {
+                    return Err(report(what, &fs::Error::Log(e)));
+                }
+            } else if matches!(error, fs::Error::Busy) {
+                self.throttled.fetch_add(1, Ordering::Relaxed);
+                self.wait_for_space(what).await?;
+            } else {
+                return Err(report(what, &error));
+            }
+            match self.attempt(what, &mut op) {
+                Ok(value) => return Ok(value),
+                Err(e) => error = e,
+            }
+        }
+        ::log::error!(
+            "{what}: gave up after {FETCH_ROUNDS} rounds of fetching; is the frame cache too small?"
+        );
+        Err(libc::EIO)
+    }
+
+    async fn wait_for_space(&self, what: &str) -> Served<()> {
+        let (sender, receiver) = oneshot::channel();
+        self.fs.when_space(Box::new(move || {
+            let _ = sender.send(()); // the waiter may have given up
+        }));
+        match tokio::time::timeout(SPACE_TIMEOUT, receiver).await {
+            Ok(_) => Ok(()),
+            Err(_) => {
+                ::log::error!(
+                    "{what}: no room for {} s; is the spool's disk stuck?",
+                    SPACE_TIMEOUT.as_secs()
+                );
+                Err(libc::EIO)
+            }
+        }
+    }
+}
+
+fn wants_retry(e: &fs::Error) -> bool {
+    e.missing().is_some() || matches!(e, fs::Error::Busy)
+}
+
+/// The errno, and a line in the log when the answer is not one that POSIX foresees.
+fn report(what: &str, e: &fs::Error) -> i32 {
+    if !matches!(e, fs::Error::Os(_)) {
+        ::log::error!("{what}: {e}");
+    }
+    e.errno()
+}

@@ -1,0 +1,231 @@
+//! Frames: one sealed item of a segment, as bytes and back; and the header log puts before the body of a delta.
+//! No I/O (`docs/format.md`, Frame).
+//! Invariant: the nonce of a frame is its offset, so a cipher seals each offset at most once; a frame opens only in
+//! the volume, segment, epoch, offset, length and kind it was sealed for.
+
+use super::segment::{Fields, Header, VolumeContext, put_time, segment_name};
+use super::{Error, Result};
+use crate::crypto::keys::DerivedKey;
+use crate::crypto::seal::{Sealer, TAG_LEN};
+use crate::types::{CommitNo, FrameKind, FramePtr, Timestamp};
+use bytes::Bytes;
+
+/// Length of a frame's plain prefix in bytes.
+pub const PREFIX_LEN: usize = 8;
+/// Bytes a frame has beside its (compressed) contents.
+pub const FRAME_OVERHEAD: usize = PREFIX_LEN + TAG_LEN;
+/// Longest plain contents of one frame, in bytes; also bounds what a decompressor is made to allocate.
+pub const FRAME_PLAIN_MAX: usize = 256 << 20;
+
+const FLAG_LZ4: u8 = 1;
+/// Below this many bytes compression is not tried.
+const COMPRESS_MIN: usize = 64;
+/// Contents longer than this are compressed only when their first [`PROBE_LEN`] bytes shrink.
+const PROBE_ABOVE: usize = 16 << 10;
+const PROBE_LEN: usize = 4 << 10;
+const ASSOCIATED_LEN: usize = 40;
+
+/// Seals and opens the frames of one segment.
+#[derive(Clone, Debug)]
+pub struct SegmentCipher {
+    header: Header,
+    sealer: Sealer,
+}
+
+impl SegmentCipher {
+    /// The cipher of the segment that begins with `header`.
+    pub fn new(ctx: &VolumeContext, header: Header) -> SegmentCipher {
+        SegmentCipher::with_key(header, &header.frame_key(&ctx.key))
+    }
+
+    /// The cipher of that segment's index.
+    pub fn for_index(ctx: &VolumeContext, header: Header, index_salt: &[u8; 32]) -> SegmentCipher {
+        SegmentCipher::with_key(header, &header.index_key(&ctx.key, index_salt))
+    }
+
+    fn with_key(header: Header, key: &DerivedKey) -> SegmentCipher {
+        SegmentCipher { header, sealer: Sealer::new(key) }
+    }
+
+    /// The header this cipher is bound to.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Appends `plain`, sealed as the frame of `kind` at `offset`, to `out`. The caller has made sure that `offset`
+    /// was never sealed before under this cipher, and that `plain` is at most [`FRAME_PLAIN_MAX`] bytes.
+    pub fn seal_into(&self, offset: u32, kind: FrameKind, plain: &[u8], out: &mut Vec<u8>) -> FramePtr {
+        assert!(plain.len() <= FRAME_PLAIN_MAX, "a frame of {} bytes", plain.len());
+        let start = out.len();
+        out.extend_from_slice(&[0; PREFIX_LEN]);
+        let flags = if compress_onto(plain, out) {
+            FLAG_LZ4
+        } else {
+            out.extend_from_slice(plain);
+            0
+        };
+        let len = (out.len() - start + TAG_LEN) as u32;
+        let prefix = Prefix { len, kind, flags }.encode();
+        let (head, contents) = out[start..].split_at_mut(PREFIX_LEN);
+        head.copy_from_slice(&prefix);
+        let tag = self.sealer.seal(offset.into(), &self.associated(offset, &prefix), contents);
+        out.extend_from_slice(&tag);
+        FramePtr { seq: self.header.seq, offset, len }
+    }
+
+    /// The plain contents of the frame at `ptr`, which must be of `kind`. `sealed` is opened in place.
+    pub fn open(&self, ptr: FramePtr, kind: FrameKind, mut sealed: Vec<u8>) -> Result<Bytes> {
+        let bad = |detail: &str| {
+            Error::corrupt(segment_name(ptr.seq), format!("frame at {}+{}: {detail}", ptr.offset, ptr.len))
+        };
+        if ptr.seq != self.header.seq || sealed.len() != ptr.len as usize {
+            return Err(bad("not the bytes that were asked for"));
+        }
+        let prefix = Prefix::parse(&sealed).ok_or_else(|| bad("damaged prefix"))?;
+        if prefix.len != ptr.len || prefix.kind != kind {
+            return Err(bad("another frame lies there"));
+        }
+        let associated = self.associated(ptr.offset, &prefix.encode());
+        let end = sealed.len() - TAG_LEN;
+        let (front, tag) = sealed.split_at_mut(end);
+        let tag = tag.first_chunk().expect("split off a tag's length");
+        let contents = front.get_mut(PREFIX_LEN..).ok_or_else(|| bad("damaged prefix"))?;
+        self.sealer
+            .open(ptr.offset.into(), &associated, contents, tag)
+            .map_err(|_| bad("authentication failed"))?;
+        if prefix.flags & FLAG_LZ4 != 0 {
+            return decompress(contents).map(Bytes::from).ok_or_else(|| bad("does not decompress"));
+        }
+        Ok(Bytes::from(sealed).slice(PREFIX_LEN..end))
+    }
+
+    /// As [`Self::open`], for a frame of whatever kind it says it is.
+    pub fn open_any(&self, ptr: FramePtr, sealed: Vec<u8>) -> Result<(FrameKind, Bytes)> {
+        // A prefix that lies is found out by the seal, which covers it.
+        let kind = Prefix::parse(&sealed).map_or(FrameKind::Data, |prefix| prefix.kind);
+        Ok((kind, self.open(ptr, kind, sealed)?))
+    }
+
+    fn associated(&self, offset: u32, prefix: &[u8; PREFIX_LEN]) -> [u8; ASSOCIATED_LEN] {
+        let mut out = [0; ASSOCIATED_LEN];
+        out[..16].copy_from_slice(&self.header.volume.0);
+        out[16..24].copy_from_slice(&self.header.seq.0.to_le_bytes());
+        out[24..28].copy_from_slice(&self.header.epoch.0.to_le_bytes());
+        out[28..32].copy_from_slice(&offset.to_le_bytes());
+        out[32..].copy_from_slice(prefix);
+        out
+    }
+}
+
+/// The plain bytes a frame begins with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Prefix {
+    /// Length of the whole frame.
+    pub len: u32,
+    pub kind: FrameKind,
+    flags: u8,
+}
+
+impl Prefix {
+    fn encode(self) -> [u8; PREFIX_LEN] {
+        let [a, b, c, d] = self.len.to_le_bytes();
+        [a, b, c, d, self.kind as u8, self.flags, 0, 0]
+    }
+
+    /// The prefix, when the bytes can be one.
+    pub fn parse(bytes: &[u8]) -> Option<Prefix> {
+        let mut fields = Fields(bytes);
+        let len = fields.u32()?;
+        let kind = FrameKind::from_u8(fields.u8()?)?;
+        let flags = fields.u8()?;
+        let plausible = fields.u16()? == 0
+            && flags & !FLAG_LZ4 == 0
+            && (FRAME_OVERHEAD..=FRAME_PLAIN_MAX + FRAME_OVERHEAD).contains(&(len as usize));
+        plausible.then_some(Prefix { len, kind, flags })
+    }
+}
+
+/// Appends `plain` to `out` as a u32 of its length and an LZ4 block, if that saves at least a sixteenth.
+fn compress_onto(plain: &[u8], out: &mut Vec<u8>) -> bool {
+    if plain.len() < COMPRESS_MIN {
+        return false;
+    }
+    if plain.len() > PROBE_ABOVE {
+        let mut scratch = [0; PROBE_LEN + PROBE_LEN / 8];
+        let probe = lz4_flex::block::compress_into(&plain[..PROBE_LEN], &mut scratch);
+        if !probe.is_ok_and(|len| len < PROBE_LEN - PROBE_LEN / 16) {
+            return false;
+        }
+    }
+    let start = out.len();
+    out.extend_from_slice(&(plain.len() as u32).to_le_bytes());
+    let block = out.len();
+    out.resize(block + lz4_flex::block::get_maximum_output_size(plain.len()), 0);
+    match lz4_flex::block::compress_into(plain, &mut out[block..]) {
+        Ok(len) if len + 4 < plain.len() - plain.len() / 16 => {
+            out.truncate(block + len);
+            true
+        }
+        _ => {
+            out.truncate(start);
+            false
+        }
+    }
+}
+
+fn decompress(contents: &[u8]) -> Option<Vec<u8>> {
+    let mut fields = Fields(contents);
+    let len = usize::try_from(fields.u32()?).ok().filter(|len| *len <= FRAME_PLAIN_MAX)?;
+    let mut plain = vec![0; len];
+    let filled = lz4_flex::block::decompress_into(fields.0, &mut plain).ok()?;
+    (filled == len).then_some(plain)
+}
+
+/// What log puts before the body of a delta: which commit, which part of it, and how much was durable by then.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DeltaHeader {
+    /// The commit.
+    pub no: CommitNo,
+    /// When it was made.
+    pub time: Timestamp,
+    /// Number of this part, from 0.
+    pub part: u32,
+    /// True for the commit's last part, with which it takes effect.
+    pub last: bool,
+    /// Bytes of this segment known durable when the part was sealed: damage before it is not a torn tail.
+    pub synced: u32,
+}
+
+impl DeltaHeader {
+    /// Length in bytes.
+    pub const LEN: usize = 30;
+    const VERSION: u8 = 1;
+
+    /// Appends the bytes of the format to `out`.
+    pub fn encode_onto(&self, out: &mut Vec<u8>) {
+        out.push(Self::VERSION);
+        out.extend_from_slice(&self.no.0.to_le_bytes());
+        put_time(out, self.time);
+        out.extend_from_slice(&self.part.to_le_bytes());
+        out.push(self.last.into());
+        out.extend_from_slice(&self.synced.to_le_bytes());
+    }
+
+    /// Takes the plain contents of a delta frame apart into its header and its body.
+    pub fn split(plain: &Bytes) -> Option<(DeltaHeader, Bytes)> {
+        let mut fields = Fields(plain);
+        if fields.u8()? != Self::VERSION {
+            return None;
+        }
+        let no = CommitNo(fields.u64()?);
+        let time = fields.time()?;
+        let part = fields.u32()?;
+        let last = match fields.u8()? {
+            0 => false,
+            1 => true,
+            _ => return None,
+        };
+        let synced = fields.u32()?;
+        Some((DeltaHeader { no, time, part, last, synced }, plain.slice(Self::LEN..)))
+    }
+}

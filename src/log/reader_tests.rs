@@ -1,0 +1,218 @@
+use super::super::Append;
+use super::super::testing::{MemoryStore, env, noise, volume};
+use super::super::writer::LogWriter;
+use super::*;
+use crate::types::{CommitNo, Epoch, Timestamp};
+use futures::executor::block_on;
+use std::sync::atomic::Ordering::Relaxed;
+
+struct Abroad {
+    _home: tempfile::TempDir,
+    here: tempfile::TempDir,
+    store: Arc<MemoryStore>,
+    /// Per segment, its frames and their contents.
+    frames: Vec<Vec<(FramePtr, Vec<u8>)>>,
+}
+
+const FRAME: usize = 40_000;
+
+/// Three segments of twenty frames each in the store, nothing here.
+fn abroad() -> Abroad {
+    let (home, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let dir = Arc::new(StateDir::open(home.path()).unwrap());
+    let store = MemoryStore::new();
+    let mut writer = LogWriter::new(dir, volume(), env(1), Epoch(1), None, Seq(1), CommitNo(0));
+    let mut frames = Vec::new();
+    for segment in 0..3u64 {
+        let plain = |i| noise(segment * 100 + i, FRAME);
+        let mut append = |i| (writer.append(FrameKind::Data, &plain(i)).unwrap(), plain(i));
+        frames.push((0..20).map(&mut append).collect());
+        writer.append_commit(CommitNo(segment + 1), Timestamp::default(), &[]).unwrap();
+        let closed = writer.close().unwrap().unwrap();
+        let body = Bytes::from(std::fs::read(closed.path).unwrap());
+        store.objects.lock().insert(segment_name(closed.head.seq), body);
+    }
+    Abroad { _home: home, here, store, frames }
+}
+
+impl Abroad {
+    fn reader(&self, frame_cache_bytes: usize, disk_cache_bytes: u64) -> FrameReader {
+        let dir = Arc::new(StateDir::open(self.here.path()).unwrap());
+        let limits = ReaderLimits { frame_cache_bytes, disk_cache_bytes, open_files: 2 };
+        FrameReader::new(dir, volume(), Some(self.store.clone()), env(9), limits).unwrap()
+    }
+
+    fn gets(&self) -> usize {
+        self.store.gets.swap(0, Relaxed)
+    }
+
+    fn ptrs(&self, segment: usize) -> Vec<FramePtr> {
+        self.frames[segment].iter().map(|(ptr, _)| *ptr).collect()
+    }
+
+    fn check(&self, reader: &FrameReader, segment: usize) {
+        for (ptr, plain) in &self.frames[segment] {
+            assert_eq!(reader.get(*ptr, FrameKind::Data).unwrap(), plain);
+        }
+    }
+}
+
+fn is_send<T: Send>(value: T) -> T {
+    value
+}
+
+#[test]
+fn neighbours_and_the_header_come_in_one_request() {
+    let a = abroad();
+    let reader = a.reader(64 << 20, 64 << 20);
+    let all = a.ptrs(0);
+    assert!(matches!(reader.get(all[0], FrameKind::Data), Err(Error::Missing(m)) if m == [all[0]]));
+    assert_eq!(reader.missing_of(&[all[3], all[3]]), [all[3]]);
+    block_on(is_send(reader.fetch(&all))).unwrap();
+    assert_eq!(a.gets(), 1);
+    a.check(&reader, 0);
+    // Far from the header and with one frame between them, which is less than the gap.
+    let some = a.ptrs(1);
+    block_on(reader.fetch(&[some[12], some[10]])).unwrap();
+    assert_eq!(a.gets(), 2);
+    assert!(reader.missing_of(&[some[11]]).is_empty(), "what lay between is here too");
+    block_on(reader.fetch(&[some[3], some[17]])).unwrap();
+    assert_eq!(a.gets(), 2, "the header is known");
+    block_on(reader.fetch(&some[10..12])).unwrap();
+    assert_eq!(a.gets(), 0);
+}
+
+#[test]
+fn two_fetches_of_one_frame_share_a_request() {
+    let a = abroad();
+    let reader = a.reader(64 << 20, 64 << 20);
+    let all = a.ptrs(0);
+    let both =
+        async { futures::join!(reader.fetch(&all[..2]), reader.fetch(&all[..2]), reader.fetch(&all[1..2])) };
+    let (x, y, z) = block_on(both);
+    assert!(x.is_ok() && y.is_ok() && z.is_ok());
+    assert_eq!(a.gets(), 1);
+}
+
+#[test]
+fn a_failed_fetch_is_told_and_can_be_tried_again() {
+    let a = abroad();
+    let reader = a.reader(64 << 20, 64 << 20);
+    a.store.unavailable.store(true, Relaxed);
+    let all = a.ptrs(0);
+    let two = block_on(async { futures::join!(reader.fetch(&all), reader.fetch(&all)) });
+    assert!(matches!(two, (Err(Error::Store(_)), Err(Error::Store(_)))));
+    a.store.unavailable.store(false, Relaxed);
+    block_on(reader.fetch(&a.ptrs(0))).unwrap();
+    a.check(&reader, 0);
+}
+
+#[test]
+fn the_disk_cache_outlives_a_restart_and_heals() {
+    let a = abroad();
+    let reader = a.reader(0, 64 << 20);
+    block_on(reader.fetch(&a.ptrs(0))).unwrap();
+    a.check(&reader, 0);
+    drop(reader);
+    a.gets();
+    let reader = a.reader(0, 64 << 20);
+    a.check(&reader, 0);
+    assert!(reader.missing_of(&a.ptrs(0)).is_empty());
+    // One damaged frame and a damaged header.
+    let path = reader.dir.cache_path(Seq(1));
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    let hurt = a.ptrs(0)[4];
+    file.write_all_at(&[0; 100], u64::from(hurt.offset) + 50).unwrap();
+    assert!(matches!(reader.get(hurt, FrameKind::Data), Err(Error::Missing(_))));
+    block_on(reader.fetch(&[hurt])).unwrap();
+    a.check(&reader, 0);
+    assert_eq!(a.gets(), 1);
+    file.write_all_at(&[1; 20], 40).unwrap();
+    drop(reader);
+    let reader = a.reader(0, 64 << 20);
+    assert_eq!(reader.missing_of(&a.ptrs(0)).len(), 20);
+    block_on(reader.fetch(&a.ptrs(0))).unwrap();
+    a.check(&reader, 0);
+    // Without its index the cached file is worth nothing, but it costs only time.
+    drop(reader);
+    std::fs::remove_dir_all(a.here.path().join("index.sled")).unwrap();
+    let reader = a.reader(0, 64 << 20);
+    assert!(!path.exists());
+    block_on(reader.fetch(&a.ptrs(0))).unwrap();
+    a.check(&reader, 0);
+}
+
+#[test]
+fn damage_in_the_store_is_named_and_never_kept() {
+    let a = abroad();
+    let hurt = a.ptrs(1)[2];
+    let name = segment_name(Seq(2));
+    let whole = a.store.objects.lock()[&name].clone();
+    for at in [hurt.offset as usize, hurt.offset as usize + 100, 50] {
+        let mut bytes = whole.to_vec();
+        bytes[at] ^= 1;
+        a.store.objects.lock().insert(name.clone(), bytes.into());
+        let reader = a.reader(1 << 20, 64 << 20);
+        let error = block_on(reader.fetch(&[hurt])).unwrap_err();
+        assert!(matches!(&error, Error::Corrupt { object, .. } if *object == name), "{error}");
+        assert!(matches!(reader.get(hurt, FrameKind::Data), Err(Error::Missing(_))));
+    }
+    let mut truncated = whole.to_vec();
+    truncated.truncate(hurt.offset as usize);
+    a.store.objects.lock().insert(name.clone(), truncated.into());
+    let error = block_on(a.reader(1 << 20, 64 << 20).fetch(&[hurt])).unwrap_err();
+    assert!(error.to_string().contains(&name), "{error}");
+}
+
+#[test]
+fn eviction_takes_dead_frames_first_then_the_oldest_and_never_the_spool() {
+    let a = abroad();
+    let reader = a.reader(0, 2_000_000);
+    let unsent = reader.dir.log_path(Seq(9));
+    std::fs::write(&unsent, noise(1, 3_000_000)).unwrap();
+    for segment in 0..2 {
+        block_on(reader.fetch(&a.ptrs(segment))).unwrap();
+    }
+    assert!((1_600_000..1_700_000).contains(&reader.disk_cache_bytes()));
+    // The older half of segment 1 is dead: room enough for half of segment 3.
+    a.ptrs(0)[..10].iter().for_each(|ptr| reader.dead(*ptr));
+    let blocks =
+        || std::os::unix::fs::MetadataExt::blocks(&reader.dir.cache_path(Seq(1)).metadata().unwrap());
+    let before = blocks();
+    block_on(reader.fetch(&a.ptrs(2)[..10])).unwrap();
+    assert!(reader.disk_cache_bytes() <= 2_000_000);
+    assert!(blocks() < before, "the dead frames' blocks went back to the disk");
+    assert_eq!(reader.missing_of(&a.ptrs(0)).len(), 10);
+    assert!(reader.missing_of(&a.ptrs(1)).is_empty());
+    // Segment 2 is used, segment 1 is not: it goes.
+    a.check(&reader, 1);
+    block_on(reader.fetch(&a.ptrs(2))).unwrap();
+    assert!(reader.disk_cache_bytes() <= 2_000_000);
+    assert_eq!(reader.missing_of(&a.ptrs(0)).len(), 20);
+    assert!(!reader.dir.cache_path(Seq(1)).exists() && unsent.exists());
+    a.check(&reader, 2);
+    a.check(&reader, 1);
+}
+
+#[test]
+fn a_retired_segment_is_still_read_and_can_be_evicted() {
+    let a = abroad();
+    let reader = a.reader(0, 10_000_000);
+    for segment in 0..3 {
+        let seq = Seq(segment + 1);
+        std::fs::write(reader.dir.log_path(seq), &a.store.objects.lock()[&segment_name(seq)]).unwrap();
+        a.check(&reader, segment as usize);
+        reader.retire(seq).unwrap();
+        reader.retire(seq).unwrap();
+        assert!(!reader.dir.log_path(seq).exists());
+        a.check(&reader, segment as usize);
+    }
+    assert_eq!(a.gets(), 0);
+    drop(reader);
+    let reader = a.reader(0, 1_000_000);
+    reader.evict().unwrap();
+    assert!(reader.disk_cache_bytes() <= 1_000_000);
+    a.check(&reader, 2);
+    block_on(reader.fetch(&a.ptrs(0)[..1])).unwrap();
+    assert_eq!(reader.get(a.ptrs(0)[0], FrameKind::Data).unwrap(), a.frames[0][0].1);
+}

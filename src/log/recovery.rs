@@ -1,0 +1,331 @@
+//! Recovery: the one way into a volume's history, for a restart at home, a mount abroad and a mount of the past.
+//! Newest checkpoint plus replay of the segments behind it, over the spool, the store, or both.
+//! Invariant: what is replayed is a prefix of the history, in order, and ends at a complete commit; only a writer
+//! changes anything on disk, only the newest local segment, and only after it is certain that this host holds the
+//! end of the chain.
+
+use super::chain::{
+    ChainStart, Commit, Members, Place, Source, Walk, list_store, members, trailer_of, windowed,
+};
+use super::segment::{VolumeContext, segment_name};
+use super::statedir::StateDir;
+use super::torn::{Torn, scan};
+use super::{ClosedSegment, Error, Result};
+use crate::clock::Env;
+use crate::store::{Store, StoreError};
+use crate::types::{CommitNo, Epoch, Head, Seq, Timestamp};
+use bytes::Bytes;
+use futures::{FutureExt, TryStreamExt};
+use std::collections::BTreeMap;
+
+/// What the one who recovers means to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Append to the log: this host must hold its end.
+    Writer,
+    /// Only read; nothing on disk changes.
+    Reader,
+}
+
+/// What to do after a commit has been looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// It was applied; the next one please.
+    Continue,
+    /// It was not applied: the version that was asked for ends before it.
+    Stop,
+}
+
+/// Takes the delta bodies of one complete commit, in order.
+pub type Apply<'a> = &'a mut (dyn FnMut(CommitNo, Timestamp, Seq, &[Bytes]) -> Result<Step> + Send);
+
+/// What recovery found.
+#[derive(Clone, Debug)]
+pub struct Recovered {
+    /// The newest closed segment that was replayed, or the one before replay began.
+    pub head: Option<Head>,
+    /// Number for the next segment.
+    pub next_seq: Seq,
+    /// The newest epoch seen.
+    pub epoch: Epoch,
+    /// The last commit that was applied, or that the checkpoint holds.
+    pub last_commit: CommitNo,
+    /// Every segment in `log/`, in order, all closed; also those before the checkpoint that may not be sent yet.
+    pub local: Vec<ClosedSegment>,
+    /// The newest segment in the store; older ones may be missing there when uploads were cut off. `None` when it
+    /// holds none or was not asked.
+    pub store_newest: Option<Seq>,
+    /// Segments whose commits were looked at.
+    pub segments_read: usize,
+}
+
+/// What lies in the spool: closed segments, and perhaps a newest one that a crash left without a trailer.
+struct Spool {
+    closed: Vec<ClosedSegment>,
+    torn: Option<(Seq, Vec<u8>)>,
+}
+
+impl Spool {
+    fn newest(&self) -> Option<Seq> {
+        let torn = self.torn.as_ref().map(|(seq, _)| *seq);
+        torn.or_else(|| self.closed.last().map(|segment| segment.head.seq))
+    }
+
+    fn head_of(&self, seq: Seq) -> Option<Head> {
+        self.closed.iter().map(|segment| segment.head).find(|head| head.seq == seq)
+    }
+}
+
+/// Replays the history behind `start` through `apply`, up to its end or to where `apply` stops. For a writer it
+/// also closes the segment that a crash left open, so that the log can be continued.
+pub async fn recover(
+    ctx: &VolumeContext,
+    dir: &StateDir,
+    env: &Env,
+    store: Option<&dyn Store>,
+    start: ChainStart,
+    role: Role,
+    apply: Apply<'_>,
+) -> Result<Recovered> {
+    let mut spool = read_spool(ctx, dir).await?;
+    let listed = list(store, &spool, &start, role).await?;
+    if let (Role::Writer, Some(store)) = (role, store) {
+        refuse_takeover(ctx, dir, store, &spool, listed.as_deref(), &start).await?;
+    }
+    let store_newest = listed.as_ref().and_then(|seqs| seqs.last().copied());
+    if let Some((seq, _)) = spool.torn.as_ref().filter(|(seq, _)| *seq < start.replay_seq) {
+        return Err(Error::corrupt(
+            dir.log_path(*seq).display(),
+            "has no trailer that holds, though a checkpoint stands on it",
+        ));
+    }
+    let mut found = BTreeMap::new();
+    for seq in listed.into_iter().flatten().filter(|seq| *seq >= start.replay_seq) {
+        if let Some(store) = store {
+            found.insert(seq, Place::Store(store));
+        }
+    }
+    // A reader prefers the whole segment in the store to the torn one here; a writer was refused above.
+    spool.torn = spool.torn.filter(|(seq, _)| !found.contains_key(seq));
+    for segment in spool.closed.iter().filter(|segment| segment.head.seq >= start.replay_seq) {
+        found.insert(segment.head.seq, Place::File(segment.path.clone()));
+    }
+    let members = members(ctx, found, &start).await?;
+    let mut replay = Replay::begin(ctx, dir, store, &start, members.sources.is_empty()).await?;
+    replay.closed(ctx, members, apply).await?;
+    if let Some((seq, bytes)) = spool.torn.filter(|_| !replay.stopped) {
+        let scanned = scan(ctx, seq, &bytes, &dir.log_path(seq))?;
+        replay.torn(seq, &scanned, apply)?;
+        if role == Role::Writer && !replay.stopped {
+            let closed =
+                scanned.close(ctx, dir, env, seq, bytes, replay.walk.head, replay.walk.last_commit)?;
+            if let Some(closed) = closed {
+                replay.walk.head = Some(closed.head);
+                spool.closed.push(closed);
+            }
+        }
+    }
+    if role == Role::Writer && replay.stopped {
+        return Err(Error::Refused("a version of the past cannot be written to".into()));
+    }
+    Ok(Recovered {
+        head: replay.walk.head,
+        next_seq: replay.walk.head.map_or(start.replay_seq, |head| Seq(head.seq.0 + 1)),
+        epoch: replay.walk.epoch,
+        last_commit: replay.walk.last_commit,
+        local: spool.closed,
+        store_newest,
+        segments_read: replay.segments_read,
+    })
+}
+
+async fn read_spool(ctx: &VolumeContext, dir: &StateDir) -> Result<Spool> {
+    let mut spool = Spool { closed: Vec::new(), torn: None };
+    let mut found = dir.log_segments()?;
+    if let Some((seq, len)) = found.pop() {
+        let path = dir.log_path(seq);
+        let bytes = std::fs::read(&path).map_err(Error::io(format!("read {}", path.display())))?;
+        let trailer = trailer_of(ctx, seq, &bytes);
+        match trailer {
+            // Only here the body is looked at: the others were durable before their successors were begun.
+            Some((trailer, head)) if super::torn::body_holds(&trailer, &bytes) => {
+                let last_commit = trailer.last_commit;
+                spool.closed.push(ClosedSegment { path, len, head, last_commit });
+            }
+            _ => spool.torn = Some((seq, bytes)),
+        }
+    }
+    let mut older = Vec::with_capacity(found.len() + 1);
+    for (seq, len) in found {
+        let path = dir.log_path(seq);
+        let end = Source { seq, place: Place::File(path.clone()) }.trailer(ctx).await?;
+        older.push(ClosedSegment { path, len, head: end.head, last_commit: end.trailer.last_commit });
+    }
+    older.append(&mut spool.closed);
+    spool.closed = older;
+    Ok(spool)
+}
+
+/// The segments in the store that matter: those to replay, and those that the spool holds too.
+async fn list(
+    store: Option<&dyn Store>,
+    spool: &Spool,
+    start: &ChainStart,
+    role: Role,
+) -> Result<Option<Vec<Seq>>> {
+    let Some(store) = store else { return Ok(None) };
+    let oldest = spool.closed.first().map_or(start.replay_seq, |segment| segment.head.seq);
+    let from = start.prev.map_or(start.replay_seq, |prev| prev.seq).min(oldest);
+    match list_store(store, from).await {
+        Ok(listed) => Ok(Some(listed)),
+        Err(Error::Store(StoreError::Unavailable { detail, .. }))
+            if role == Role::Writer && (spool.newest().is_some() || start.prev.is_some()) =>
+        {
+            ::log::warn!("{} does not answer ({detail}); going on with what is here", store.describe());
+            Ok(None)
+        }
+        Err(e) => Err(e),
+    }
+}
+
+/// A writer continues only a chain whose end is in its own state directory. Anything else is a takeover.
+async fn refuse_takeover(
+    ctx: &VolumeContext,
+    dir: &StateDir,
+    store: &dyn Store,
+    spool: &Spool,
+    listed: Option<&[Seq]>,
+    start: &ChainStart,
+) -> Result<()> {
+    let here = spool.newest().or(start.prev.map(|prev| prev.seq)).unwrap_or_default();
+    let ours = |seq: Seq| spool.head_of(seq).or(start.prev.filter(|prev| prev.seq == seq));
+    let theirs = match listed.and_then(|seqs| seqs.last().copied()) {
+        Some(seq) => Some(Source { seq, place: Place::Store(store) }.trailer(ctx).await?.head),
+        None => None,
+    };
+    let fresh = spool.newest().is_none() && dir.checkpoints()?.is_empty();
+    let taken_over = match theirs {
+        // What lies behind the checkpoint may have left the spool; that it was ours, the checkpoint says.
+        Some(theirs) if ours(theirs.seq).is_none() => fresh || theirs.seq >= start.replay_seq,
+        Some(theirs) => fresh || ours(theirs.seq) != Some(theirs),
+        None => fresh && start.prev.is_some(),
+    };
+    if !taken_over {
+        return Ok(());
+    }
+    let name = |head: Option<Head>| match head {
+        Some(head) => format!("{}:{}", head.seq, head.hash),
+        None => "nothing".to_owned(),
+    };
+    let local = match ours(here) {
+        None if here != Seq(0) => format!("{here} (not closed)"),
+        head => name(head.filter(|_| !fresh)),
+    };
+    Err(Error::Refused(format!(
+        "this state directory does not hold the end of the volume's log: it ends at {local}, the store at {}. \
+         To write from here all the same is a takeover: promote",
+        name(theirs.or(start.prev)),
+    )))
+}
+
+/// Replay in progress.
+struct Replay {
+    walk: Walk,
+    segments_read: usize,
+    stopped: bool,
+}
+
+impl Replay {
+    async fn begin(
+        ctx: &VolumeContext,
+        dir: &StateDir,
+        store: Option<&dyn Store>,
+        start: &ChainStart,
+        nothing_follows: bool,
+    ) -> Result<Replay> {
+        let mut walk = Walk { head: start.prev, epoch: Epoch(1), last_commit: CommitNo(0) };
+        // The end of the segment before tells epoch and commit; needed only if no later segment does.
+        if let Some(prev) = start.prev.filter(|_| nothing_follows) {
+            let end = end_of(ctx, dir, store, prev).await?;
+            walk.epoch = end.0;
+            walk.last_commit = end.1;
+        }
+        Ok(Replay { walk, segments_read: 0, stopped: false })
+    }
+
+    async fn closed(&mut self, ctx: &VolumeContext, members: Members<'_>, apply: Apply<'_>) -> Result<()> {
+        let mut loaded = windowed(&members.sources, |source| source.commits(ctx).boxed());
+        while let Some((end, commits)) = loaded.try_next().await? {
+            let before = self.walk;
+            let object = segment_name(end.trailer.seq());
+            self.walk.step(&end, &object)?;
+            self.segments_read += 1;
+            let last_commit = self.walk.last_commit;
+            self.walk.last_commit = before.last_commit;
+            self.apply(end.trailer.seq(), &object, &commits, apply)?;
+            if self.stopped {
+                return Ok(());
+            }
+            self.walk.last_commit = last_commit;
+        }
+        members.damage.map_or(Ok(()), Err)
+    }
+
+    fn torn(&mut self, seq: Seq, torn: &Torn, apply: Apply<'_>) -> Result<()> {
+        let Some(epoch) = torn.epoch() else { return Ok(()) };
+        if epoch < self.walk.epoch {
+            return Err(Error::corrupt(segment_name(seq), "its epoch goes back"));
+        }
+        self.segments_read += 1;
+        self.walk.epoch = epoch;
+        self.apply(seq, &segment_name(seq), &torn.commits, apply)
+    }
+
+    fn apply(&mut self, seq: Seq, object: &str, commits: &[Commit], apply: Apply<'_>) -> Result<()> {
+        for commit in commits {
+            if commit.no <= self.walk.last_commit {
+                return Err(Error::corrupt(object, format!("commit {} comes twice", commit.no.0)));
+            }
+            match apply(commit.no, commit.time, seq, &commit.bodies)? {
+                Step::Continue => self.walk.last_commit = commit.no,
+                Step::Stop => {
+                    self.stopped = true;
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Epoch and newest commit as of the closed segment `head`, from wherever it can be had.
+async fn end_of(
+    ctx: &VolumeContext,
+    dir: &StateDir,
+    store: Option<&dyn Store>,
+    head: Head,
+) -> Result<(Epoch, CommitNo)> {
+    let seq = head.seq;
+    let mut places: Vec<Place<'_>> = [dir.log_path(seq), dir.cache_path(seq)].map(Place::File).into();
+    places.extend(store.map(Place::Store));
+    let mut outcome = Err(Error::corrupt(
+        segment_name(seq),
+        "the checkpoint stands on it, but it is not on this host, and no store was given",
+    ));
+    for place in places {
+        outcome = Source { seq, place }.trailer(ctx).await;
+        if let Ok(end) = &outcome
+            && end.head == head
+        {
+            return Ok((end.trailer.header.epoch, end.trailer.last_commit));
+        }
+    }
+    Err(match outcome {
+        Ok(_) => Error::corrupt(segment_name(seq), "is another segment than the one the checkpoint names"),
+        Err(e) => e,
+    })
+}
+
+#[cfg(test)]
+#[path = "recovery_tests.rs"]
+mod tests;

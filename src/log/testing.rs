@@ -1,0 +1,153 @@
+//! What the tests of this module share: a store in memory that counts, fixed time and randomness, a volume.
+
+use super::segment::VolumeContext;
+use crate::clock::{Clock, Env, Random};
+use crate::crypto::keys::VolumeKey;
+use crate::crypto::sign::SecretKey;
+use crate::store::{ObjectInfo, Store, StoreError};
+use crate::types::{Timestamp, VolumeId};
+use bytes::Bytes;
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use parking_lot::Mutex;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::time::Duration;
+
+pub(super) struct MemoryStore {
+    pub objects: Mutex<BTreeMap<String, Bytes>>,
+    pub gets: AtomicUsize,
+    pub unavailable: std::sync::atomic::AtomicBool,
+}
+
+impl MemoryStore {
+    pub fn new() -> Arc<MemoryStore> {
+        let (objects, gets) = (Mutex::default(), AtomicUsize::new(0));
+        Arc::new(MemoryStore { objects, gets, unavailable: Default::default() })
+    }
+
+    fn answer<T: Send + 'static>(
+        &self,
+        name: &str,
+        f: impl FnOnce(&mut BTreeMap<String, Bytes>) -> Option<T>,
+    ) -> BoxFuture<'_, Result<T, StoreError>> {
+        let name = name.to_owned();
+        let answer = if self.unavailable.load(Relaxed) {
+            Err(StoreError::Unavailable { name, detail: "switched off".into() })
+        } else {
+            f(&mut self.objects.lock()).ok_or(StoreError::NotFound { name })
+        };
+        // Gives way once, so that requests really are in flight together.
+        async move {
+            tokio::task::yield_now().await;
+            answer
+        }
+        .boxed()
+    }
+}
+
+impl Store for MemoryStore {
+    fn put_new(&self, name: &str, body: Bytes) -> BoxFuture<'_, Result<(), StoreError>> {
+        self.answer(name, |all| {
+            all.insert(name.to_owned(), body);
+            Some(())
+        })
+    }
+
+    fn get_range(&self, name: &str, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, StoreError>> {
+        self.gets.fetch_add(1, Relaxed);
+        self.answer(name, |all| {
+            let object = all.get(name)?;
+            (range.end <= object.len() as u64).then(|| object.slice(range.start as usize..range.end as usize))
+        })
+    }
+
+    fn get_suffix(&self, name: &str, len: u64) -> BoxFuture<'_, Result<(Bytes, u64), StoreError>> {
+        self.gets.fetch_add(1, Relaxed);
+        self.answer(name, |all| {
+            let object = all.get(name)?;
+            let start = (object.len() as u64).saturating_sub(len) as usize;
+            Some((object.slice(start..), object.len() as u64))
+        })
+    }
+
+    fn list(
+        &self,
+        prefix: &str,
+        after: Option<&str>,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<Vec<ObjectInfo>, StoreError>> {
+        self.answer(prefix, |all| {
+            let wanted = all.iter().filter(|(name, _)| {
+                name.starts_with(prefix) && after.is_none_or(|after| name.as_str() > after)
+            });
+            let info =
+                |(name, body): (&String, &Bytes)| ObjectInfo { name: name.clone(), size: body.len() as u64 };
+            Some(wanted.take(limit).map(info).collect())
+        })
+    }
+
+    fn delete(&self, name: &str) -> BoxFuture<'_, Result<(), StoreError>> {
+        self.answer(name, |all| {
+            all.remove(name);
+            Some(())
+        })
+    }
+
+    fn describe(&self) -> String {
+        "memory".into()
+    }
+}
+
+struct Ticks(AtomicU64);
+
+impl Clock for Ticks {
+    fn now(&self) -> Timestamp {
+        Timestamp { secs: 1_700_000_000 + self.0.fetch_add(1, Relaxed).cast_signed(), nanos: 5 }
+    }
+
+    fn monotonic(&self) -> Duration {
+        Duration::from_secs(self.0.load(Relaxed))
+    }
+}
+
+impl Random for Ticks {
+    fn fill(&self, out: &mut [u8]) {
+        for chunk in out.chunks_mut(8) {
+            let n = self.0.fetch_add(1, Relaxed).wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            chunk.copy_from_slice(&n.to_le_bytes()[..chunk.len()]);
+        }
+    }
+}
+
+/// Time and randomness that begin at `seed` and go on by counting.
+pub(super) fn env(seed: u64) -> Env {
+    Env { clock: Arc::new(Ticks(AtomicU64::new(seed))), random: Arc::new(Ticks(AtomicU64::new(seed << 32))) }
+}
+
+/// A volume that can be written.
+pub(super) fn volume() -> Arc<VolumeContext> {
+    let signer = SecretKey::from_bytes(&[3; 32]);
+    Arc::new(VolumeContext {
+        id: VolumeId([1; 16]),
+        key: VolumeKey::from_bytes([2; 32]),
+        key_id: 1,
+        writer_public: signer.public(),
+        signer: Some(signer),
+    })
+}
+
+/// Bytes that do not compress, different for every `seed`.
+pub(super) fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut out = vec![0; len];
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    for byte in &mut out {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        *byte = (state >> 32) as u8;
+    }
+    out
+}

@@ -1,0 +1,444 @@
+//! The writer of the log: appends sealed frames to the open segment in the spool and closes it.
+//! Invariant: an offset is sealed at most once; what was handed out as a pointer stays valid until a crash; a
+//! commit is in the segment whole or not at all; after an error that says nothing of what reached the disk the
+//! writer is latched and writes nothing more.
+//!
+//! A full disk is not such an error: the frames that did not fit stay in the buffer, and the next call writes the
+//! same bytes again. An append that fails for want of room has sealed nothing.
+
+use super::closing::Ending;
+use super::frame::{FRAME_OVERHEAD, FRAME_PLAIN_MAX};
+use super::segment::{
+    DeltaHeader, HEADER_LEN, Header, Index, IndexedCommit, SEGMENT_LEN_MAX, SegmentCipher, TRAILER_LEN,
+    VolumeContext, segment_name,
+};
+use super::statedir::StateDir;
+use super::{Append, ClosedSegment, Error, Result};
+use crate::clock::Env;
+use crate::crypto::Hasher;
+use crate::types::{CommitNo, Epoch, FrameKind, FramePtr, Head, Seq, Timestamp};
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The buffer is written out when it holds this many bytes.
+const BUFFER_LEN: usize = 1 << 20;
+
+/// What the writer does to a file of the spool; tests put a failing one in its place.
+pub(super) trait SpoolFile: Send + Sync {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize>;
+    fn sync_data(&self) -> io::Result<()>;
+    fn set_len(&self, len: u64) -> io::Result<()>;
+}
+
+impl SpoolFile for File {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        FileExt::write_at(self, bytes, offset)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        File::sync_data(self)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        File::set_len(self, len)
+    }
+}
+
+type Create = Box<dyn Fn(&Path) -> io::Result<Arc<dyn SpoolFile>> + Send>;
+
+/// The one writer of a volume's log on this host.
+pub struct LogWriter {
+    dir: Arc<StateDir>,
+    ctx: Arc<VolumeContext>,
+    env: Env,
+    epoch: Epoch,
+    prev: Option<Head>,
+    next_seq: Seq,
+    last_commit: CommitNo,
+    stored: Seq,
+    open: Option<OpenSegment>,
+    latched: Option<String>,
+    create: Create,
+}
+
+struct OpenSegment {
+    seq: Seq,
+    file: Arc<dyn SpoolFile>,
+    cipher: SegmentCipher,
+    opened_at: Duration,
+    /// Sealed bytes that follow the first `written` ones of the file.
+    buffer: Vec<u8>,
+    written: u64,
+    /// Bytes known durable.
+    synced: u64,
+    dir_synced: bool,
+    hasher: Hasher,
+    index: Index,
+}
+
+/// What is needed to make the log durable up to some point without holding the writer.
+pub struct SyncPoint {
+    seq: Seq,
+    up_to: u64,
+    file: Arc<dyn SpoolFile>,
+    dir: Option<Arc<StateDir>>,
+    outcome: Option<Result<()>>,
+}
+
+impl SyncPoint {
+    /// Waits for the disk. Whatever comes of it, hand the point back to [`LogWriter::synced`].
+    pub fn wait(&mut self) {
+        let sync = || {
+            if let Some(dir) = &self.dir {
+                dir.sync_dir("log")?;
+            }
+            self.file.sync_data().map_err(Error::io(format!("sync {}", segment_name(self.seq))))
+        };
+        self.outcome = Some(sync());
+    }
+}
+
+impl LogWriter {
+    /// A writer that continues behind segment `prev` and commit `last_commit`. It creates no file before the first
+    /// append.
+    pub fn new(
+        dir: Arc<StateDir>,
+        ctx: Arc<VolumeContext>,
+        env: Env,
+        epoch: Epoch,
+        prev: Option<Head>,
+        next_seq: Seq,
+        last_commit: CommitNo,
+    ) -> LogWriter {
+        let create: Create = Box::new(|path| {
+            let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
+            Ok(Arc::new(file))
+        });
+        let stored = Seq(0);
+        LogWriter {
+            dir,
+            ctx,
+            env,
+            epoch,
+            prev,
+            next_seq,
+            last_commit,
+            stored,
+            open: None,
+            latched: None,
+            create,
+        }
+    }
+
+    /// Lets tests put failing files under the writer.
+    #[cfg(test)]
+    pub(super) fn with_create(mut self, create: Create) -> LogWriter {
+        self.create = create;
+        self
+    }
+
+    /// Appends one commit as deltas with the bodies `parts`: all of it, or on an error nothing.
+    pub fn append_commit(&mut self, no: CommitNo, time: Timestamp, parts: &[Vec<u8>]) -> Result<()> {
+        if no <= self.last_commit {
+            let (no, last) = (no.0, self.last_commit.0);
+            return Err(Error::Refused(format!("commit {no} after commit {last}")));
+        }
+        let bytes = parts.iter().map(|part| part.len() + DeltaHeader::LEN).sum::<usize>();
+        let longest = parts.iter().map(Vec::len).max().unwrap_or(0) + DeltaHeader::LEN;
+        self.make_room(bytes + parts.len() * FRAME_OVERHEAD, longest)?;
+        let open = self.opened()?;
+        let first = open.index.frames.len();
+        let synced = open.synced as u32;
+        let empty = [Vec::new()];
+        let parts = if parts.is_empty() { &empty } else { parts };
+        let mut plain = Vec::new();
+        for (i, part) in parts.iter().enumerate() {
+            plain.clear();
+            let last = i + 1 == parts.len();
+            DeltaHeader { no, time, part: i as u32, last, synced }.encode_onto(&mut plain);
+            plain.extend_from_slice(part);
+            open.seal(FrameKind::Delta, &plain);
+        }
+        let deltas = first..open.index.frames.len();
+        open.index.commits.push(IndexedCommit { no, time, deltas });
+        self.last_commit = no;
+        Ok(())
+    }
+
+    /// Writes what is buffered to the file, so that it can be read.
+    pub fn flush(&mut self) -> Result<()> {
+        self.check_latch()?;
+        let Some(open) = &mut self.open else { return Ok(()) };
+        match open.flush() {
+            Ok(()) => Ok(()),
+            Err(e) => Err(self.failed("write", e)),
+        }
+    }
+
+    /// Makes everything appended so far durable.
+    pub fn sync(&mut self) -> Result<()> {
+        match self.sync_point()? {
+            Some(mut point) => {
+                point.wait();
+                self.synced(point)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Writes out the buffer and hands out what makes everything appended so far durable; `None` when it is.
+    pub fn sync_point(&mut self) -> Result<Option<SyncPoint>> {
+        self.flush()?;
+        let dir = &self.dir;
+        Ok(self.open.as_ref().filter(|open| open.synced < open.written || !open.dir_synced).map(|open| {
+            SyncPoint {
+                seq: open.seq,
+                up_to: open.written,
+                file: open.file.clone(),
+                dir: (!open.dir_synced).then(|| dir.clone()),
+                outcome: None,
+            }
+        }))
+    }
+
+    /// Takes note of what came of a sync point. A failed one latches the writer: what reached the disk is not
+    /// known any more, and asking again would get a false yes.
+    pub fn synced(&mut self, point: SyncPoint) -> Result<()> {
+        match point.outcome {
+            Some(Ok(())) => {
+                // A segment that was closed meanwhile is durable as a whole.
+                if let Some(open) = self.open.as_mut().filter(|open| open.seq == point.seq) {
+                    open.synced = open.synced.max(point.up_to);
+                    open.dir_synced |= point.dir.is_some();
+                }
+                self.check_latch()
+            }
+            Some(Err(e)) => {
+                self.latch(&e);
+                Err(e)
+            }
+            None => Err(Error::Refused("a sync point came back without having been waited for".into())),
+        }
+    }
+
+    /// Closes the open segment: index, trailer, durable. `None` when none is open.
+    pub fn close(&mut self) -> Result<Option<ClosedSegment>> {
+        self.flush()?;
+        let Some(open) = &self.open else { return Ok(None) };
+        let end =
+            Ending { ctx: &self.ctx, prev: self.prev, last_commit: self.last_commit, stored: self.stored };
+        let closing = end.bytes(
+            *open.cipher.header(),
+            &open.index,
+            open.hasher.clone(),
+            open.written,
+            open.synced,
+            self.env.random_bytes(),
+        )?;
+        let (file, seq, written) = (open.file.clone(), open.seq, open.written);
+        if let Err((_, e)) = write_all(&*file, &closing.bytes, written) {
+            // Nothing of the index is needed: the next attempt seals it anew, under a key of its own.
+            let _ = file.set_len(written);
+            return Err(self.failed("write", e));
+        }
+        let durable =
+            file.sync_data().map_err(Error::io(format!("sync {}", segment_name(seq)))).and_then(|()| {
+                if self.open.as_ref().is_some_and(|o| o.dir_synced) {
+                    Ok(())
+                } else {
+                    self.dir.sync_dir("log")
+                }
+            });
+        if let Err(e) = durable {
+            self.latch(&e);
+            return Err(e);
+        }
+        self.open = None;
+        self.prev = Some(closing.head);
+        self.next_seq = Seq(seq.0 + 1);
+        Ok(Some(ClosedSegment {
+            path: self.dir.log_path(seq),
+            len: written + closing.bytes.len() as u64,
+            head: closing.head,
+            last_commit: self.last_commit,
+        }))
+    }
+
+    /// Bytes in the open segment; 0 when none is open.
+    pub fn open_len(&self) -> u64 {
+        self.open.as_ref().map_or(0, OpenSegment::len)
+    }
+
+    /// When the open segment was begun (monotonic).
+    pub fn opened_at(&self) -> Option<Duration> {
+        self.open.as_ref().map(|open| open.opened_at)
+    }
+
+    /// The newest closed segment.
+    pub fn last_closed(&self) -> Option<Head> {
+        self.prev
+    }
+
+    /// Number of the open segment.
+    pub fn open_seq(&self) -> Option<Seq> {
+        self.open.as_ref().map(|open| open.seq)
+    }
+
+    /// Number of the segment that the next append goes to.
+    pub fn current_seq(&self) -> Seq {
+        self.open_seq().unwrap_or(self.next_seq)
+    }
+
+    /// The newest commit appended.
+    pub fn last_commit(&self) -> CommitNo {
+        self.last_commit
+    }
+
+    /// Tells the writer that the store holds every segment up to `seq`; trailers from here on say so, which lets a
+    /// reader abroad tell uploads that a disaster cut off from objects that the store has lost.
+    pub fn set_stored(&mut self, seq: Seq) {
+        self.stored = self.stored.max(seq);
+    }
+
+    /// Stops the writer for good, as when it has been fenced.
+    pub fn latch_because(&mut self, reason: &str) {
+        self.latched.get_or_insert_with(|| reason.to_owned());
+    }
+
+    fn check_latch(&self) -> Result<()> {
+        match &self.latched {
+            Some(reason) => Err(Error::Latched(reason.clone())),
+            None => Ok(()),
+        }
+    }
+
+    fn latch(&mut self, error: &Error) {
+        self.latch_because(&error.to_string());
+    }
+
+    /// The error to return for a failed system call; latches unless the disk is only full.
+    fn failed(&mut self, doing: &str, source: io::Error) -> Error {
+        let error = Error::io(format!("{doing} {}", segment_name(self.current_seq())))(source);
+        if !error.is_no_space() {
+            self.latch(&error);
+        }
+        error
+    }
+
+    /// Makes sure that frames of `bytes` in all, none with more than `longest` plain bytes, can be appended without
+    /// an error: everything that can fail, fails here.
+    fn make_room(&mut self, bytes: usize, longest: usize) -> Result<()> {
+        self.check_latch()?;
+        let full =
+            self.open_len().max(HEADER_LEN as u64) + bytes as u64 + TRAILER_LEN as u64 > SEGMENT_LEN_MAX;
+        if longest > FRAME_PLAIN_MAX || full {
+            return Err(Error::Refused(format!(
+                "{bytes} bytes do not fit the open segment ({} bytes); close it first",
+                self.open_len()
+            )));
+        }
+        if self.open.as_ref().is_some_and(|open| open.buffer.len() >= BUFFER_LEN) {
+            self.flush()?;
+        }
+        if self.open.is_none() {
+            self.begin()?;
+        }
+        Ok(())
+    }
+
+    fn opened(&mut self) -> Result<&mut OpenSegment> {
+        self.open.as_mut().ok_or_else(|| Error::Refused("no segment is open".into()))
+    }
+
+    fn begin(&mut self) -> Result<()> {
+        if self.ctx.signer.is_none() {
+            return Err(Error::Refused("this key file cannot write: it holds no signing key".into()));
+        }
+        let seq = self.next_seq;
+        let file = match (self.create)(&self.dir.log_path(seq)) {
+            Ok(file) => file,
+            Err(e) => return Err(self.failed("create", e)),
+        };
+        let header = Header {
+            volume: self.ctx.id,
+            seq,
+            epoch: self.epoch,
+            key_id: self.ctx.key_id,
+            salt: self.env.random_bytes(),
+        };
+        let mut buffer = Vec::with_capacity(BUFFER_LEN + BUFFER_LEN / 4);
+        buffer.extend_from_slice(&header.encode());
+        self.open = Some(OpenSegment {
+            seq,
+            file,
+            cipher: SegmentCipher::new(&self.ctx, header),
+            opened_at: self.env.clock.monotonic(),
+            buffer,
+            written: 0,
+            synced: 0,
+            dir_synced: false,
+            hasher: Hasher::default(),
+            index: Index::default(),
+        });
+        Ok(())
+    }
+}
+
+impl Append for LogWriter {
+    fn append(&mut self, kind: FrameKind, plain: &[u8]) -> Result<FramePtr> {
+        assert!(
+            !matches!(kind, FrameKind::Delta | FrameKind::Index),
+            "deltas go through append_commit, indexes through close"
+        );
+        self.make_room(plain.len() + FRAME_OVERHEAD, plain.len())?;
+        Ok(self.opened()?.seal(kind, plain))
+    }
+}
+
+impl OpenSegment {
+    fn len(&self) -> u64 {
+        self.written + self.buffer.len() as u64
+    }
+
+    /// Seals one frame into the buffer. Cannot fail; the caller has made room.
+    fn seal(&mut self, kind: FrameKind, plain: &[u8]) -> FramePtr {
+        let offset = u32::try_from(self.len()).expect("a segment stays below SEGMENT_LEN_MAX");
+        let ptr = self.cipher.seal_into(offset, kind, plain, &mut self.buffer);
+        self.index.frames.push((kind, ptr.offset, ptr.len));
+        ptr
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let outcome = write_all(&*self.file, &self.buffer, self.written);
+        let done = match &outcome {
+            Ok(()) => self.buffer.len(),
+            Err((done, _)) => *done,
+        };
+        self.hasher.update(&self.buffer[..done]);
+        self.written += done as u64;
+        self.buffer.drain(..done);
+        outcome.map_err(|(_, e)| e)
+    }
+}
+
+/// Writes all of `bytes` at `offset`, or says how many were written before the error.
+fn write_all(file: &dyn SpoolFile, bytes: &[u8], offset: u64) -> std::result::Result<(), (usize, io::Error)> {
+    let mut done = 0;
+    while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
+        match file.write_at(rest, offset + done as u64) {
+            Ok(0) => return Err((done, io::Error::from_raw_os_error(libc::ENOSPC))),
+            Ok(n) => done += n,
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) => return Err((done, e)),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "writer_tests.rs"]
+mod tests;

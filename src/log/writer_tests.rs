@@ -1,0 +1,158 @@
+use super::super::Frames;
+use super::super::reader::{FrameReader, ReaderLimits};
+use super::super::testing::{env, noise, volume};
+use super::*;
+use parking_lot::Mutex;
+
+/// A disk with room for so many bytes per file, and whose sync may fail.
+struct SmallDisk {
+    file: File,
+    room: Arc<Mutex<u64>>,
+    broken: Arc<Mutex<bool>>,
+}
+
+impl SpoolFile for SmallDisk {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        let fits = self.room.lock().saturating_sub(offset).min(bytes.len() as u64) as usize;
+        if fits == 0 {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
+        FileExt::write_at(&self.file, &bytes[..fits], offset)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        if *self.broken.lock() { Err(io::Error::from_raw_os_error(libc::EIO)) } else { self.file.sync_data() }
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.file.set_len(len)
+    }
+}
+
+struct Setup {
+    _tmp: tempfile::TempDir,
+    dir: Arc<StateDir>,
+    room: Arc<Mutex<u64>>,
+    broken: Arc<Mutex<bool>>,
+    writer: LogWriter,
+    reader: FrameReader,
+}
+
+fn setup() -> Setup {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = Arc::new(StateDir::open(tmp.path()).unwrap());
+    let (room, broken) = (Arc::new(Mutex::new(u64::MAX)), Arc::new(Mutex::new(false)));
+    let (room2, broken2) = (room.clone(), broken.clone());
+    let writer = LogWriter::new(dir.clone(), volume(), env(1), Epoch(1), None, Seq(1), CommitNo(0))
+        .with_create(Box::new(move |path| {
+            let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
+            Ok(Arc::new(SmallDisk { file, room: room2.clone(), broken: broken2.clone() }))
+        }));
+    let limits = ReaderLimits { frame_cache_bytes: 0, disk_cache_bytes: 1 << 20, open_files: 4 };
+    let reader = FrameReader::new(dir.clone(), volume(), None, env(2), limits).unwrap();
+    Setup { _tmp: tmp, dir, room, broken, writer, reader }
+}
+
+fn time(secs: i64) -> Timestamp {
+    Timestamp { secs, nanos: 0 }
+}
+
+#[test]
+fn frames_can_be_read_while_the_segment_is_open_and_after() {
+    let mut s = setup();
+    let mut wanted = Vec::new();
+    for (i, len) in [0, 1, 63, 64, 5_000, 20_000, 3 << 20].into_iter().enumerate() {
+        for plain in [noise(i as u64, len), vec![7; len]] {
+            wanted.push((s.writer.append(FrameKind::Data, &plain).unwrap(), plain));
+        }
+    }
+    s.writer.flush().unwrap();
+    let check = |reader: &FrameReader| {
+        for (ptr, plain) in &wanted {
+            assert_eq!(reader.get(*ptr, FrameKind::Data).unwrap(), plain);
+            assert!(matches!(reader.get(*ptr, FrameKind::Page), Err(Error::Corrupt { .. })));
+        }
+    };
+    check(&s.reader);
+    let (noise, same) = (wanted[12].0.len as usize, wanted[13].0.len as usize);
+    assert!(noise == (3 << 20) + FRAME_OVERHEAD && same < 20_000, "{noise} {same}");
+    s.writer.append_commit(CommitNo(1), time(1), &[]).unwrap();
+    let closed = s.writer.close().unwrap().unwrap();
+    assert_eq!(std::fs::metadata(&closed.path).unwrap().len(), closed.len);
+    assert_eq!((closed.head.seq, closed.last_commit), (Seq(1), CommitNo(1)));
+    assert_eq!((s.writer.last_closed(), s.writer.close().unwrap()), (Some(closed.head), None));
+    check(&s.reader);
+}
+
+#[test]
+fn a_full_disk_loses_nothing_and_the_writer_goes_on_when_there_is_room() {
+    let mut s = setup();
+    *s.room.lock() = 300_000;
+    let mut wanted = Vec::new();
+    let mut refused = 0;
+    for i in 0..40 {
+        let plain = noise(i, 100_000);
+        match s.writer.append(FrameKind::Data, &plain) {
+            Ok(ptr) => wanted.push((ptr, plain)),
+            Err(e) => {
+                assert!(e.is_no_space(), "{e}");
+                refused += 1;
+            }
+        }
+    }
+    assert!(refused > 0);
+    let before = s.writer.open_len();
+    let commit = s.writer.append_commit(CommitNo(1), time(1), &[noise(1, 10), noise(2, 10)]);
+    assert!(commit.unwrap_err().is_no_space());
+    assert_eq!((s.writer.open_len(), s.writer.last_commit()), (before, CommitNo(0)));
+    assert!(s.writer.sync().unwrap_err().is_no_space());
+    *s.room.lock() = before + 500;
+    s.writer.append_commit(CommitNo(1), time(1), &[noise(1, 10), noise(2, 10)]).unwrap();
+    s.writer.sync().unwrap();
+    // Now the index does not fit.
+    assert!(s.writer.close().unwrap_err().is_no_space());
+    assert_eq!(std::fs::metadata(s.dir.log_path(Seq(1))).unwrap().len(), s.writer.open_len());
+    *s.room.lock() = u64::MAX;
+    s.writer.append_commit(CommitNo(2), time(2), &[]).unwrap();
+    s.writer.close().unwrap().unwrap();
+    for (ptr, plain) in wanted {
+        assert_eq!(s.reader.get(ptr, FrameKind::Data).unwrap(), plain);
+    }
+}
+
+#[test]
+fn a_failed_sync_latches_the_writer_for_good() {
+    let mut s = setup();
+    s.writer.append_commit(CommitNo(1), time(1), &[]).unwrap();
+    *s.broken.lock() = true;
+    assert!(matches!(s.writer.sync(), Err(Error::Io { .. })));
+    *s.broken.lock() = false;
+    assert!(matches!(s.writer.sync(), Err(Error::Latched(_))));
+    assert!(matches!(s.writer.append(FrameKind::Data, b"x"), Err(Error::Latched(_))));
+    assert!(matches!(s.writer.append_commit(CommitNo(2), time(1), &[]), Err(Error::Latched(_))));
+    assert!(matches!(s.writer.close(), Err(Error::Latched(_))));
+}
+
+#[test]
+fn a_sync_point_of_a_closed_segment_is_harmless_and_commits_do_not_go_back() {
+    let mut s = setup();
+    s.writer.append_commit(CommitNo(5), time(1), &[]).unwrap();
+    assert!(matches!(s.writer.append_commit(CommitNo(5), time(1), &[]), Err(Error::Refused(_))));
+    let mut point = s.writer.sync_point().unwrap().unwrap();
+    s.writer.close().unwrap().unwrap();
+    s.writer.append_commit(CommitNo(6), time(1), &[]).unwrap();
+    point.wait();
+    s.writer.synced(point).unwrap();
+    assert!(s.writer.sync_point().unwrap().is_some(), "the new segment is not durable yet");
+    s.writer.sync().unwrap();
+    assert!(s.writer.sync_point().unwrap().is_none());
+}
+
+#[test]
+fn without_a_signing_key_nothing_is_begun() {
+    let s = setup();
+    let ctx = Arc::new(VolumeContext { signer: None, ..(*volume()).clone() });
+    let mut writer = LogWriter::new(s.dir.clone(), ctx, env(1), Epoch(1), None, Seq(1), CommitNo(0));
+    assert!(matches!(writer.append(FrameKind::Data, b"x"), Err(Error::Refused(_))));
+    assert!(s.dir.log_segments().unwrap().is_empty());
+}

@@ -1,0 +1,7 @@
+//! What the operator does with a volume as a whole: make it, ask how it is, tell its daemon what to do.
+//! Invariant: nothing here prints or knows the command line; every operation returns a report or an error that says
+//! what was done, what was not, and the way out.
+
+pub mod control;
+pub mod init;
+pub mod status;

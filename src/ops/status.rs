@@ -1,0 +1,275 @@
+//! What a mounted volume says about itself: the record that `embassyfs status` shows, and its text for people.
+//! Invariant: the JSON keys are an interface; they are added to, never renamed.
+
+use crate::types::Timestamp;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// Status of a mounted volume.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Status {
+    /// Process that serves the mount.
+    pub pid: u32,
+    /// Version of the program that serves it.
+    pub version: String,
+    /// Seconds since the daemon started.
+    pub uptime: f64,
+    /// Name of the volume.
+    pub volume: String,
+    /// Identity of the volume, hexadecimal.
+    pub volume_id: String,
+    /// Where it is mounted.
+    pub mountpoint: String,
+    /// `writer` or `reader`.
+    pub role: String,
+    /// The store, without secrets.
+    pub store: String,
+    /// The state directory.
+    pub state: String,
+    /// `strict`, `available` or `local`.
+    pub protection: String,
+    /// True when everything committed is durable at the protection level's place and the level has not fallen back.
+    pub in_sync: bool,
+    /// Age in seconds of the oldest change that the embassy does not hold; 0 when it holds all.
+    pub lag_seconds: f64,
+    /// Bytes that are committed here and not in the embassy.
+    pub unsent_bytes: u64,
+    /// Segments that are not in the embassy.
+    pub unsent_segments: u64,
+    /// Bytes written by applications that are not committed yet.
+    pub dirty_bytes: u64,
+    /// Bytes of the local disk used as cache.
+    pub cache_bytes: u64,
+    /// Newest commit on this host.
+    pub last_commit: Option<CommitPoint>,
+    /// Newest commit that the embassy holds.
+    pub last_durable: Option<CommitPoint>,
+    /// How many times `available` has fallen back to the local spool since the mount.
+    pub fallbacks: u64,
+    /// True when another writer owns the volume: nothing more is shipped from here.
+    pub fenced: bool,
+    /// The last thing that went wrong, if it still matters.
+    pub last_error: Option<String>,
+}
+
+/// A commit and when it was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CommitPoint {
+    /// Commit number.
+    pub no: u64,
+    /// Time of the commit by home's clock, RFC 3339 in JSON.
+    #[serde(with = "rfc3339")]
+    pub time: Timestamp,
+}
+
+/// What a store says about its volume when nobody mounts it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct StoreStatus {
+    /// The store, without secrets.
+    pub store: String,
+    /// Name of the volume.
+    pub volume: String,
+    /// Identity of the volume, hexadecimal.
+    pub volume_id: String,
+    /// Number of the newest segment.
+    pub newest_segment: Option<u64>,
+    /// Newest commit in the store.
+    pub last_commit: Option<CommitPoint>,
+    /// Newest checkpoint in the store.
+    pub newest_checkpoint: Option<CommitPoint>,
+}
+
+impl fmt::Display for StoreStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let point = |p: &Option<CommitPoint>| match p {
+            Some(p) => format!("commit {} of {}", p.no, rfc3339::text(p.time)),
+            None => "none".into(),
+        };
+        writeln!(f, "{}: volume {} ({})", self.store, self.volume, self.volume_id)?;
+        writeln!(f, "  last commit         {}", point(&self.last_commit))?;
+        writeln!(f, "  newest checkpoint   {}", point(&self.newest_checkpoint))?;
+        let segment = self.newest_segment.map_or_else(|| "none".into(), |n| format!("{n} ({n:016x})"));
+        write!(f, "  newest segment      {segment}")
+    }
+}
+
+impl Status {
+    /// True when something is on this host only.
+    pub fn has_unsent(&self) -> bool {
+        self.unsent_bytes > 0 || self.unsent_segments > 0 || self.dirty_bytes > 0
+    }
+
+    /// What is not in the embassy, in words: `3.2 MiB in 2 segments`.
+    pub fn unsent_in_words(&self) -> String {
+        let plural = if self.unsent_segments == 1 { "" } else { "s" };
+        let mut text = format!("{} in {} segment{plural}", bytes(self.unsent_bytes), self.unsent_segments);
+        if self.dirty_bytes > 0 {
+            text.push_str(&format!(" and {} not yet committed", bytes(self.dirty_bytes)));
+        }
+        text
+    }
+
+    /// The answer to "is it all right?", in a few words.
+    pub fn headline(&self) -> String {
+        if self.fenced {
+            "FENCED: another writer owns this volume; nothing more is shipped from here".into()
+        } else if self.role == "reader" {
+            "read-only".into()
+        } else if self.in_sync {
+            "in sync with the embassy".into()
+        } else {
+            format!("BEHIND by {}: {} unsent", seconds(self.lag_seconds), self.unsent_in_words())
+        }
+    }
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let point = |p: &Option<CommitPoint>| match p {
+            Some(p) => format!("commit {} of {}", p.no, rfc3339::text(p.time)),
+            None => "none".into(),
+        };
+        writeln!(f, "{}: {}", self.mountpoint, self.headline())?;
+        writeln!(f, "  last error    {}", self.last_error.as_deref().unwrap_or("none"))?;
+        writeln!(f, "  last durable  {}", point(&self.last_durable))?;
+        writeln!(f, "  last commit   {}", point(&self.last_commit))?;
+        if self.role != "reader" {
+            let level = match self.fallbacks {
+                0 => self.protection.clone(),
+                n => format!("{} (fell back to the local spool {n} times)", self.protection),
+            };
+            writeln!(f, "  protection    {level}")?;
+            writeln!(f, "  unsent        {}", self.unsent_in_words())?;
+            writeln!(f, "  lag           {}", seconds(self.lag_seconds))?;
+        }
+        writeln!(f, "  cache         {}", bytes(self.cache_bytes))?;
+        writeln!(f, "  volume        {} ({}), {}", self.volume, self.volume_id, self.role)?;
+        writeln!(f, "  store         {}", self.store)?;
+        writeln!(f, "  state         {}", self.state)?;
+        write!(f, "  daemon        pid {}, version {}, up {}", self.pid, self.version, seconds(self.uptime))
+    }
+}
+
+/// A number of bytes for people: `1.5 GiB`.
+pub fn bytes(n: u64) -> String {
+    const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    if n < 1024 {
+        return format!("{n} B");
+    }
+    let mut value = n as f64 / 1024.0;
+    let mut unit = UNITS[0];
+    for next in &UNITS[1..] {
+        if value < 1024.0 {
+            break;
+        }
+        value /= 1024.0;
+        unit = next;
+    }
+    format!("{value:.1} {unit}")
+}
+
+/// A number of seconds for people: `0.4 s`, `3 min 2 s`, `5 d 4 h`.
+pub fn seconds(s: f64) -> String {
+    if !(0.0..1e15).contains(&s) {
+        return "unknown".into();
+    }
+    let whole = s as u64;
+    match whole {
+        0..10 => format!("{s:.1} s"),
+        10..60 => format!("{whole} s"),
+        60..3600 => format!("{} min {} s", whole / 60, whole % 60),
+        3600..86400 => format!("{} h {} min", whole / 3600, whole % 3600 / 60),
+        _ => format!("{} d {} h", whole / 86400, whole % 86400 / 3600),
+    }
+}
+
+/// Time stamps as RFC 3339 text, in JSON and for people.
+pub mod rfc3339 {
+    use crate::types::Timestamp;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    /// The text; a time outside of what the calendar can say is given as `@seconds`.
+    pub fn text(time: Timestamp) -> String {
+        // jiff wants the nanoseconds with the sign of the seconds; from_second plus a duration needs no case.
+        let whole = jiff::Timestamp::from_second(time.secs).ok();
+        let exact = whole.and_then(|t| t.checked_add(jiff::SignedDuration::new(0, time.nanos as i32)).ok());
+        match exact {
+            Some(t) => t.to_string(),
+            None => format!("@{}", time.secs),
+        }
+    }
+
+    /// The time that an RFC 3339 text (with its offset) or `@seconds[.fraction]` says.
+    pub fn parse(text: &str) -> Result<Timestamp, String> {
+        if let Some(unix) = text.strip_prefix('@') {
+            return parse_unix(unix).ok_or_else(|| format!("'{text}' is not @seconds since 1970"));
+        }
+        let time: jiff::Timestamp =
+            text.parse().map_err(|_| format!("'{text}' is not a time like 2025-01-31T12:00:00Z"))?;
+        let nanos = time.as_nanosecond();
+        Ok(Timestamp {
+            secs: nanos.div_euclid(1_000_000_000) as i64,
+            nanos: nanos.rem_euclid(1_000_000_000) as u32,
+        })
+    }
+
+    fn parse_unix(text: &str) -> Option<Timestamp> {
+        let (whole, fraction) = text.split_once('.').unwrap_or((text, "0"));
+        let secs: i64 = whole.parse().ok()?;
+        if fraction.is_empty() || fraction.len() > 9 || !fraction.bytes().all(|b| b.is_ascii_digit()) {
+            return None;
+        }
+        let nanos: u32 = format!("{fraction:0<9}").parse().ok()?;
+        match (whole.starts_with('-'), nanos) {
+            (_, 0) | (false, _) => Some(Timestamp { secs, nanos }),
+            (true, n) => Some(Timestamp { secs: secs.checked_sub(1)?, nanos: 1_000_000_000 - n }),
+        }
+    }
+
+    /// For `#[serde(with)]`.
+    pub fn serialize<S: Serializer>(time: &Timestamp, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(&text(*time))
+    }
+
+    /// For `#[serde(with)]`.
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Timestamp, D::Error> {
+        parse(&String::deserialize(from)?).map_err(D::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_read_well() {
+        assert_eq!(bytes(1023), "1023 B");
+        assert_eq!(bytes(1536), "1.5 KiB");
+        assert_eq!(bytes(u64::MAX), "16.0 EiB");
+        assert_eq!(seconds(0.42), "0.4 s");
+        assert_eq!(seconds(3723.0), "1 h 2 min");
+        assert_eq!(seconds(f64::NAN), "unknown");
+    }
+
+    #[test]
+    fn times_round_trip_also_before_1970() {
+        for t in [(0, 0), (1_700_000_000, 5), (-1, 999_999_999), (-86_400, 500_000_000)] {
+            let t = Timestamp { secs: t.0, nanos: t.1 };
+            assert_eq!(rfc3339::parse(&rfc3339::text(t)), Ok(t));
+        }
+        assert_eq!(rfc3339::parse("@-1.5"), Ok(Timestamp { secs: -2, nanos: 500_000_000 }));
+        assert_eq!(rfc3339::parse("@12.25"), Ok(Timestamp { secs: 12, nanos: 250_000_000 }));
+        assert!(rfc3339::parse("@").is_err() && rfc3339::parse("2025-01-01T00:00:00").is_err());
+    }
+
+    #[test]
+    fn status_survives_json_and_missing_keys() {
+        let status = Status { pid: 7, last_durable: Some(CommitPoint::default()), ..Status::default() };
+        let json = serde_json::to_string(&status).expect("plain data");
+        assert_eq!(serde_json::from_str::<Status>(&json).expect("own text"), status);
+        assert!(json.contains("1970-01-01T00:00:00Z"));
+        assert_eq!(serde_json::from_str::<Status>("{\"pid\":7}").expect("defaults").pid, 7);
+    }
+}

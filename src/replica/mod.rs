@@ -1,0 +1,13 @@
+//! What leads the copy in the embassy after the log at home: the uploader, and the account of what is durable where.
+//! Invariant: the remote log is a prefix of the local one, and nobody is told that a commit is durable before it is.
+
+pub mod durable;
+pub mod listing;
+mod opening;
+pub mod uploader;
+pub mod volume;
+
+pub use opening::Version;
+
+pub use durable::{Durable, Position, Protection, Snapshot, WaitError};
+pub use uploader::{Upload, UploadMetrics, Uploader};

@@ -1,0 +1,289 @@
+//! Finding the version to open: superblock, checkpoint, replay, and the pin against an older or other store.
+//! Invariant: home restart, embassy mount and a mount of the past come through here alike; a store that is older
+//! than what this host has seen, or different from it, is refused and said to be so.
+
+use crate::clock::Env;
+use crate::crypto::keyfile::KeyFile;
+use crate::fs::Recovery;
+use crate::log::chain::{self, ChainStart};
+use crate::log::recovery::{self, Recovered, Role, Step};
+use crate::log::segment::{VolumeContext, segment_name};
+use crate::log::statedir::StateDir;
+use crate::log::volume::{self, Superblock, UnverifiedSuperblock};
+use crate::log::{Error, Result};
+use crate::store::{Store, StoreError};
+use crate::tree::checkpoint::{self, Root};
+use crate::tree::{Counters, Delta, Tree, delta};
+use crate::types::{CommitNo, Hash, Head, Seq, Timestamp, unhex};
+use bytes::Bytes;
+
+/// Name of the file in the state directory that says the newest head this host has seen.
+const PIN: &str = "head";
+/// Checkpoint names asked for at once.
+const LIST_PAGE: usize = 1000;
+
+/// Which version of the volume to open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Version {
+    /// The newest commit.
+    Newest,
+    /// This commit.
+    Commit(CommitNo),
+    /// The newest commit made at this time or before.
+    Time(Timestamp),
+}
+
+impl Version {
+    /// True if a commit with this number and time belongs to the version.
+    fn includes(&self, no: CommitNo, time: Timestamp) -> bool {
+        match self {
+            Version::Newest => true,
+            Version::Commit(at) => no <= *at,
+            Version::Time(at) => time <= *at,
+        }
+    }
+}
+
+/// A version that was found, ready to put a file system over.
+pub(super) struct Opened {
+    pub recovery: Recovery,
+    pub recovered: Recovered,
+    /// When the version's last commit was made; `None` for a volume without commits.
+    pub time: Option<Timestamp>,
+    /// First segment that a replay needs.
+    pub replay_seq: Seq,
+}
+
+/// The volume's superblock: from the store, which must agree with the copy pinned here; from the pinned copy alone
+/// when the store does not answer.
+pub(super) async fn superblock(store: &dyn Store, dir: &StateDir, key: &KeyFile) -> Result<Superblock> {
+    let pinned = dir.read(volume::NAME)?;
+    match crate::ops::init::load_superblock(store, key).await {
+        Ok((superblock, bytes)) => match pinned {
+            Some(pinned) if pinned != bytes => Err(Error::corrupt(
+                volume::NAME,
+                format!(
+                    "the store's copy differs from the one pinned in {}; the store may have been exchanged. \
+                         If the volume was re-keyed on purpose, use a new state directory",
+                    dir.root().display()
+                ),
+            )),
+            Some(_) => Ok(superblock),
+            None => {
+                dir.write_atomic(volume::NAME, &bytes)?;
+                Ok(superblock)
+            }
+        },
+        Err(Error::Store(StoreError::Unavailable { name, detail })) => match pinned {
+            Some(bytes) => {
+                ::log::warn!(
+                    "{name}: the store does not answer ({detail}); using the copy pinned on this host"
+                );
+                UnverifiedSuperblock::parse(&bytes)?.verify(key)
+            }
+            None => Err(Error::Store(StoreError::Unavailable { name, detail })),
+        },
+        Err(e) => Err(e),
+    }
+}
+
+/// Recovers `version`: newest usable checkpoint, then the commits behind it.
+pub(super) async fn recover(
+    ctx: &VolumeContext,
+    dir: &StateDir,
+    env: &Env,
+    store: &dyn Store,
+    role: Role,
+    version: Version,
+) -> Result<Opened> {
+    let root = newest_checkpoint(ctx, dir, store, version).await?;
+    let start = root.map_or_else(ChainStart::default, |root| ChainStart {
+        replay_seq: root.replay_seq,
+        prev: root.replay_prev,
+    });
+    let mut replayed = Delta::new();
+    let mut counters = root.map(|root| root.counters);
+    let mut time = root.map(|root| root.time);
+    let mut last = root.map_or(CommitNo(0), |root| root.commit);
+    let mut apply = |no: CommitNo, at: Timestamp, _: Seq, bodies: &[Bytes]| {
+        if !version.includes(no, at) {
+            return Ok(Step::Stop);
+        }
+        if no > last {
+            let (new, changes) = delta::decode(bodies)?;
+            replayed.extend(changes);
+            counters = Some(new);
+            (time, last) = (Some(at), no);
+        }
+        Ok(Step::Continue)
+    };
+    let recovered = recovery::recover(ctx, dir, env, Some(store), start, role, &mut apply).await?;
+    if last == CommitNo(0) && version != Version::Newest {
+        return Err(Error::Refused("the volume has no version that old; `versions` lists them".into()));
+    }
+    if let Version::Commit(asked) = version
+        && last < asked
+    {
+        return Err(Error::Refused(format!(
+            "the volume has no commit {} yet; its newest is {}",
+            asked.0, last.0
+        )));
+    }
+    if version == Version::Newest && role == Role::Reader {
+        check_pin(ctx, dir, store, recovered.head).await?;
+    }
+    let counters = counters.unwrap_or(Counters { next_ino: 2, live_bytes: 0, inodes: 0 });
+    Ok(Opened {
+        recovery: Recovery {
+            tree: Tree { root: root.and_then(|root| root.tree) },
+            replayed,
+            last_commit: last,
+            next_ino: counters.next_ino,
+            live_bytes: counters.live_bytes,
+            inodes: counters.inodes,
+            orphans: Vec::new(),
+        },
+        recovered,
+        time,
+        replay_seq: start.replay_seq,
+    })
+}
+
+/// The newest checkpoint that belongs to `version`, from here or from the store. One that is damaged is passed
+/// over, loudly: the log behind an older one leads to the same state.
+async fn newest_checkpoint(
+    ctx: &VolumeContext,
+    dir: &StateDir,
+    store: &dyn Store,
+    version: Version,
+) -> Result<Option<Root>> {
+    let local = dir.checkpoints()?;
+    let mut names: Vec<String> = local.iter().map(|name| full_name(name)).collect();
+    match list_checkpoints(store).await {
+        Ok(found) => names.extend(found),
+        Err(StoreError::Unavailable { detail, .. }) if !local.is_empty() => {
+            ::log::warn!("the store's checkpoints cannot be listed ({detail}); using those on this host");
+        }
+        Err(e) => return Err(e.into()),
+    }
+    names.sort(); // the inverted number puts the newest first
+    names.dedup();
+    if let Version::Commit(at) = version {
+        names.retain(|name| checkpoint::commit_of(name).is_some_and(|no| no <= at));
+    }
+    if let Version::Time(at) = version {
+        return checkpoint_before(ctx, dir, store, &names, at).await;
+    }
+    for name in names {
+        match read_checkpoint(ctx, dir, store, &name).await {
+            Ok(root) => return Ok(Some(root)),
+            Err(Error::Corrupt { object, detail }) => {
+                ::log::error!("{object}: {detail}; passing it over for an older checkpoint");
+            }
+            Err(Error::Store(StoreError::NotFound { name })) => {
+                ::log::warn!("{name}: listed, but not there; passing it over");
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(None)
+}
+
+/// The newest checkpoint made at `at` or before; few requests among many checkpoints (they are in order of time).
+async fn checkpoint_before(
+    ctx: &VolumeContext,
+    dir: &StateDir,
+    store: &dyn Store,
+    names: &[String],
+    at: Timestamp,
+) -> Result<Option<Root>> {
+    let (mut low, mut high) = (0, names.len());
+    let mut best = None;
+    while low < high {
+        let middle = (low + high) / 2;
+        let root = read_checkpoint(ctx, dir, store, &names[middle]).await?;
+        if root.time <= at {
+            best = Some(root);
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
+    }
+    Ok(best)
+}
+
+fn full_name(name: &str) -> String {
+    if name.starts_with("checkpoint/") { name.into() } else { format!("checkpoint/{name}") }
+}
+
+/// Names of all checkpoints in the store, the newest first.
+pub(super) async fn list_checkpoints(store: &dyn Store) -> std::result::Result<Vec<String>, StoreError> {
+    let mut names: Vec<String> = Vec::new();
+    loop {
+        let page = store.list("checkpoint/", names.last().map(String::as_str), LIST_PAGE).await?;
+        if page.is_empty() {
+            return Ok(names);
+        }
+        names.extend(page.into_iter().map(|object| object.name));
+    }
+}
+
+async fn read_checkpoint(ctx: &VolumeContext, dir: &StateDir, store: &dyn Store, name: &str) -> Result<Root> {
+    let bytes = match dir.read(name)? {
+        Some(bytes) => Bytes::from(bytes),
+        None => store.get_suffix(name, 64 << 10).await?.0,
+    };
+    checkpoint::open(&bytes, name, ctx.id, &ctx.key, &ctx.writer_public)
+}
+
+/// Refuses a store whose newest segment is older than one this host has seen, or whose chain does not hold it.
+async fn check_pin(ctx: &VolumeContext, dir: &StateDir, store: &dyn Store, head: Option<Head>) -> Result<()> {
+    let pinned = read_pin(dir)?;
+    if let Some(pinned) = pinned {
+        let object = segment_name(pinned.seq);
+        let Some(head) = head.filter(|head| head.seq >= pinned.seq) else {
+            return Err(Error::corrupt(
+                object,
+                format!(
+                    "this host has seen this segment (hash {}), but the store's newest is {}: the store was rolled \
+                     back or lost it. Ask the store's operator; a new state directory forgets what was seen",
+                    pinned.hash,
+                    head.map_or_else(|| "none".into(), |head| segment_name(head.seq))
+                ),
+            ));
+        };
+        let found =
+            if head.seq == pinned.seq { head } else { chain::stored_head(ctx, store, pinned.seq).await? };
+        if found != pinned {
+            return Err(Error::corrupt(
+                object,
+                "is not the one this host has seen under that number: the history was forked or exchanged",
+            ));
+        }
+    }
+    match head {
+        Some(head) if pinned != Some(head) => write_pin(dir, head),
+        _ => Ok(()),
+    }
+}
+
+/// Remembers the newest head seen.
+pub(super) fn write_pin(dir: &StateDir, head: Head) -> Result<()> {
+    dir.write_atomic(PIN, format!("{} {}\n", head.seq, head.hash).as_bytes())
+}
+
+fn read_pin(dir: &StateDir) -> Result<Option<Head>> {
+    let Some(bytes) = dir.read(PIN)? else { return Ok(None) };
+    let text = String::from_utf8_lossy(&bytes);
+    let parsed = text.trim_end().split_once(' ').and_then(|(seq, hash)| {
+        let seq = Seq(u64::from_be_bytes(unhex(seq)?));
+        Some(Head { seq, hash: Hash(unhex(hash)?) })
+    });
+    match parsed {
+        Some(head) => Ok(Some(head)),
+        None => Err(Error::corrupt(
+            dir.root().join(PIN).display(),
+            "is damaged; remove it to forget which head was seen (an older store would then go unnoticed)",
+        )),
+    }
+}

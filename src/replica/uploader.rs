@@ -1,0 +1,338 @@
+//! Sends closed segments and checkpoints to the store.
+//! Invariant: the durable position advances in order over segments that the store is known to hold; an object that
+//! is not ours under a name that we need fences this writer for good, and what it has not sent stays in the spool.
+
+use super::durable::Durable;
+use crate::clock::Env;
+use crate::log::ClosedSegment;
+use crate::store::retry::{Backoff, COMPARE_SUFFIX};
+use crate::store::{Store, StoreError};
+use crate::types::Seq;
+use ::log::{error, info, warn};
+use bytes::Bytes;
+use futures::StreamExt;
+use futures::future::{BoxFuture, FutureExt};
+use futures::stream::FuturesOrdered;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+
+const FIRST_DELAY: Duration = Duration::from_millis(100);
+const DELAY_MAX: Duration = Duration::from_secs(5);
+/// Pause after an error that goes away only when somebody acts. Still asked again, for then nobody has to remount.
+const DENIED_DELAY: Duration = Duration::from_secs(30);
+/// One in so many failures of the same upload is logged; the status shows each.
+const LOG_EVERY: u64 = 12;
+
+/// What is to be sent. The queue is not bounded here: a segment in it is a path, and the spool's limit bounds those.
+#[derive(Clone, Debug)]
+pub enum Upload {
+    /// A segment; pushed in the order of the chain.
+    Segment(ClosedSegment),
+    /// A checkpoint, put when the embassy holds all segments up to and with `after`, for it refers to them.
+    Checkpoint {
+        /// Object name.
+        name: String,
+        /// The object.
+        body: Bytes,
+        /// The newest segment that it needs.
+        after: Seq,
+    },
+}
+
+/// Counters for status and metrics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UploadMetrics {
+    /// Segments and checkpoints that are waiting or under way.
+    pub pending: u64,
+    /// Segments sent since the start.
+    pub sent_segments: u64,
+    /// Bytes of segments sent since the start.
+    pub sent_bytes: u64,
+    /// Checkpoints put since the start.
+    pub sent_checkpoints: u64,
+    /// Attempts that failed since the start.
+    pub failures: u64,
+}
+
+/// Called for each segment, in order, when the embassy holds it and all before it.
+pub type OnSent = Box<dyn Fn(&ClosedSegment) + Send + Sync>;
+
+/// See the module. Stops when it is dropped.
+pub struct Uploader {
+    queue: mpsc::UnboundedSender<Upload>,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    store: Arc<dyn Store>,
+    durable: Arc<Durable>,
+    env: Env,
+    on_sent: OnSent,
+    /// Turns true once: at a stop or a fence.
+    halt: watch::Sender<bool>,
+    pending: AtomicU64,
+    sent_segments: AtomicU64,
+    sent_bytes: AtomicU64,
+    sent_checkpoints: AtomicU64,
+    failures: AtomicU64,
+}
+
+/// Why an attempt failed, by what to do about it.
+enum Failure {
+    /// Ask again soon.
+    Transient(String),
+    /// Ask again slowly, and say it loudly.
+    Stuck(String),
+    /// Never ask again.
+    Fenced(String),
+}
+
+impl Uploader {
+    /// Starts on the runtime, with at most `in_flight` segments (and so as many bodies in memory) at a time.
+    pub fn start(
+        handle: tokio::runtime::Handle,
+        store: Arc<dyn Store>,
+        durable: Arc<Durable>,
+        env: Env,
+        in_flight: usize,
+        on_sent: OnSent,
+    ) -> Uploader {
+        let (queue, incoming) = mpsc::unbounded_channel();
+        let shared = Arc::new(Shared {
+            store,
+            durable,
+            env,
+            on_sent,
+            halt: watch::Sender::new(false),
+            pending: AtomicU64::new(0),
+            sent_segments: AtomicU64::new(0),
+            sent_bytes: AtomicU64::new(0),
+            sent_checkpoints: AtomicU64::new(0),
+            failures: AtomicU64::new(0),
+        });
+        handle.spawn(run(shared.clone(), incoming, in_flight.max(1)));
+        Uploader { queue, shared }
+    }
+
+    /// Queues `upload`. Segments come in the order of the chain. After a stop or a fence it only counts as unsent.
+    pub fn push(&self, upload: Upload) {
+        if let Upload::Segment(segment) = &upload {
+            self.shared.durable.queued(segment);
+        }
+        self.shared.pending.fetch_add(1, Ordering::SeqCst);
+        // The receiver is gone only after a halt; then the segment stays in the spool, as it must.
+        let _ = self.queue.send(upload);
+    }
+
+    /// True when all that was pushed has been sent.
+    pub fn idle(&self) -> bool {
+        self.shared.pending.load(Ordering::SeqCst) == 0
+    }
+
+    /// The counters.
+    pub fn metrics(&self) -> UploadMetrics {
+        let get = |counter: &AtomicU64| counter.load(Ordering::SeqCst);
+        UploadMetrics {
+            pending: get(&self.shared.pending),
+            sent_segments: get(&self.shared.sent_segments),
+            sent_bytes: get(&self.shared.sent_bytes),
+            sent_checkpoints: get(&self.shared.sent_checkpoints),
+            failures: get(&self.shared.failures),
+        }
+    }
+
+    /// Stops for good without waiting. What is under way may still take effect in the store; the next start finds
+    /// it there. What was not sent stays in the spool.
+    pub fn stop(&self) {
+        self.shared.halt.send_replace(true);
+    }
+}
+
+impl Drop for Uploader {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// The one task: keeps segments in flight, takes their results in order, and puts checkpoints between them.
+async fn run(shared: Arc<Shared>, mut incoming: mpsc::UnboundedReceiver<Upload>, in_flight: usize) {
+    let mut halt = shared.halt.subscribe();
+    let mut segments = VecDeque::new();
+    let mut checkpoints: VecDeque<(String, Bytes, Seq)> = VecDeque::new();
+    let mut flying = FuturesOrdered::new();
+    let mut saving: Option<BoxFuture<'static, ()>> = None;
+    loop {
+        while flying.len() < in_flight {
+            let Some(segment) = segments.pop_front() else { break };
+            flying.push_back(send_segment(shared.clone(), segment));
+        }
+        if saving.is_none() {
+            let sent = shared.durable.remote_head().map_or(Seq(0), |head| head.seq);
+            if checkpoints.front().is_some_and(|(_, _, after)| *after <= sent) {
+                let next = checkpoints.pop_front();
+                saving = next.map(|(name, body, _)| send_checkpoint(shared.clone(), name, body).boxed());
+            }
+        }
+        tokio::select! {
+            biased;
+            _ = halt.wait_for(|halted| *halted) => return,
+            Some(segment) = flying.next(), if !flying.is_empty() => shared.segment_sent(&segment),
+            () = finished(&mut saving) => {
+                saving = None;
+                shared.sent_checkpoints.fetch_add(1, Ordering::SeqCst);
+                shared.pending.fetch_sub(1, Ordering::SeqCst);
+            }
+            upload = incoming.recv() => match upload {
+                Some(Upload::Segment(segment)) => segments.push_back(segment),
+                Some(Upload::Checkpoint { name, body, after }) => checkpoints.push_back((name, body, after)),
+                None => return,
+            },
+        }
+    }
+}
+
+/// Waits for the future in `slot`; for ever when there is none.
+async fn finished(slot: &mut Option<BoxFuture<'static, ()>>) {
+    match slot {
+        Some(future) => future.await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Ends when the store holds the segment.
+async fn send_segment(shared: Arc<Shared>, segment: ClosedSegment) -> ClosedSegment {
+    let name = format!("log/{}", segment.head.seq);
+    shared.insist(&name, || shared.attempt(&name, &segment).boxed()).await;
+    segment
+}
+
+async fn send_checkpoint(shared: Arc<Shared>, name: String, body: Bytes) {
+    let attempt = || {
+        async {
+            match shared.store.put_new(&name, body.clone()).await {
+                // One commit has one tree: whoever put it, it says the same; and it is verified when it is read.
+                Ok(()) | Err(StoreError::AlreadyExists { .. }) => Ok(()),
+                Err(error) => Err(failure(error)),
+            }
+        }
+        .boxed()
+    };
+    shared.insist(&name, attempt).await;
+}
+
+fn failure(error: StoreError) -> Failure {
+    if error.is_transient() {
+        Failure::Transient(error.to_string())
+    } else {
+        Failure::Stuck(error.to_string())
+    }
+}
+
+impl Shared {
+    fn segment_sent(&self, segment: &ClosedSegment) {
+        self.durable.sent(segment);
+        (self.on_sent)(segment);
+        self.sent_segments.fetch_add(1, Ordering::SeqCst);
+        self.sent_bytes.fetch_add(segment.len, Ordering::SeqCst);
+        self.pending.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Repeats `attempt` until it succeeds. Does not return after a fence: the halt ends it with everything else.
+    async fn insist<'a>(&'a self, name: &str, attempt: impl Fn() -> BoxFuture<'a, Result<(), Failure>>) {
+        let mut backoff = Backoff::new(FIRST_DELAY, DELAY_MAX);
+        let mut failures = 0;
+        loop {
+            let (message, pause) = match attempt().await {
+                Ok(()) => {
+                    if failures > 0 {
+                        info!("{name}: sent after {failures} failed attempts");
+                    }
+                    return;
+                }
+                Err(Failure::Transient(message)) => {
+                    if failures % LOG_EVERY == 0 {
+                        warn!("{message}; trying on");
+                    }
+                    (message, backoff.pause(&self.env))
+                }
+                Err(Failure::Stuck(message)) => {
+                    error!("{message}; nothing reaches the embassy until this is put right");
+                    (message, DENIED_DELAY)
+                }
+                Err(Failure::Fenced(message)) => {
+                    self.durable.fence(message);
+                    self.halt.send_replace(true);
+                    return std::future::pending().await;
+                }
+            };
+            failures += 1;
+            self.failures.fetch_add(1, Ordering::SeqCst);
+            self.durable.set_error(message);
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn attempt(&self, name: &str, segment: &ClosedSegment) -> Result<(), Failure> {
+        let body = read_spool(segment).await.map_err(Failure::Stuck)?;
+        match self.store.put_new(name, body.clone()).await {
+            Ok(()) => Ok(()),
+            Err(StoreError::AlreadyExists { .. }) => self.compare(name, segment, &body).await,
+            Err(error) => Err(failure(error)),
+        }
+    }
+
+    /// The name is taken: by an earlier attempt of ours whose answer was lost, or by another writer. A fence is for
+    /// good, so two readings must agree on what is there: one may have been damaged on its way.
+    async fn compare(&self, name: &str, segment: &ClosedSegment, body: &Bytes) -> Result<(), Failure> {
+        let mut seen = None;
+        loop {
+            let (tail, size) = match self.store.get_suffix(name, COMPARE_SUFFIX).await {
+                Ok(found) => found,
+                // "Taken" was not the last word: the store was deciding between two requests.
+                Err(StoreError::NotFound { .. }) => {
+                    return Err(Failure::Transient(format!("{name}: taken, but not there")));
+                }
+                Err(error) => return Err(failure(error)),
+            };
+            if size == body.len() as u64 && body.ends_with(&tail) {
+                return Ok(());
+            }
+            let found = (tail, size);
+            match &seen {
+                None => seen = Some(found),
+                Some(before) if *before == found => break,
+                Some(_) => {
+                    let message =
+                        format!("{name}: two readings of it differ; the link or the store damages data");
+                    return Err(Failure::Transient(message));
+                }
+            }
+        }
+        let dir = segment.path.parent().unwrap_or(&segment.path).display();
+        Err(Failure::Fenced(format!(
+            "FENCED: {name} in {} is another writer's, so this host no longer owns the volume. Nothing more is sent; \
+             what was not sent is kept in {dir}",
+            self.store.describe()
+        )))
+    }
+}
+
+async fn read_spool(segment: &ClosedSegment) -> Result<Bytes, String> {
+    let path = segment.path.clone();
+    let shown = segment.path.display();
+    let data = match tokio::task::spawn_blocking(move || std::fs::read(path)).await {
+        Ok(Ok(data)) => data,
+        Ok(Err(error)) => return Err(format!("cannot read {shown} to send it: {error}")),
+        Err(error) => return Err(format!("cannot read {shown} to send it: {error}")),
+    };
+    if data.len() as u64 != segment.len {
+        return Err(format!("{shown} has {} bytes instead of {}; it is not sent", data.len(), segment.len));
+    }
+    Ok(data.into())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,476 @@
+//! An open volume: the file system with the log, the store and the threads behind it.
+//! Invariant: a writer's log is continued only from its own end; whatever is acknowledged is on the way to the
+//! store before anybody is told otherwise.
+
+use super::durable::{Durable, Position, Protection, WaitError};
+use super::opening::{self, Opened, Version};
+use super::uploader::{Upload, Uploader};
+use crate::clock::Env;
+use crate::crypto::keyfile::{KeyFile, Role as KeyRole};
+use crate::fs::{CheckpointOutcome, Checkpointer, Committer, Fs, Settings, Shipping};
+use crate::log::reader::{FrameReader, ReaderLimits};
+use crate::log::recovery::Role;
+use crate::log::segment::VolumeContext;
+use crate::log::statedir::StateDir;
+use crate::log::volume::Superblock;
+use crate::log::writer::LogWriter;
+use crate::log::{self, ClosedSegment, Error, Result};
+use crate::store::Store;
+use crate::tree::checkpoint;
+use crate::tree::key::{self, KeyRef};
+use crate::types::{CommitNo, Epoch, FramePtr, Ino, Seq, Timestamp};
+use parking_lot::Mutex;
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use tokio::runtime::Handle;
+
+/// Local checkpoints kept: the newest, and one in case it is damaged.
+const LOCAL_CHECKPOINTS: usize = 2;
+/// Segment files kept open for reading.
+const OPEN_FILES: usize = 128;
+/// How often the spool's free space is looked at.
+const SPACE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How to open a volume.
+pub struct OpenOptions {
+    /// Where the volume lies.
+    pub store: Arc<dyn Store>,
+    /// Key file: a writer's for read-write.
+    pub key: KeyFile,
+    /// State directory.
+    pub state: PathBuf,
+    /// Time and randomness.
+    pub env: Env,
+    /// Which version; a writer opens the newest.
+    pub version: Version,
+    /// Refuse every change.
+    pub read_only: bool,
+    /// What fsync waits for.
+    pub protection: Protection,
+    /// How long fsync waits for the store.
+    pub sync_timeout: Duration,
+    /// Bound on copies of sent segments on the local disk, in bytes.
+    pub disk_cache: u64,
+    /// Bound on opened frames in memory, in bytes.
+    pub frame_cache: usize,
+    /// Unwritten file bytes at which writers wait.
+    pub dirty_max: u64,
+    /// Segments uploaded at once.
+    pub uploads: usize,
+    /// Size the volume may reach, in bytes.
+    pub size_limit: Option<u64>,
+}
+
+/// An open volume.
+pub struct Volume {
+    /// The file system.
+    pub fs: Arc<Fs>,
+    /// What the volume is.
+    pub superblock: Superblock,
+    /// Its state directory.
+    pub dir: Arc<StateDir>,
+    /// The store.
+    pub store: Arc<dyn Store>,
+    /// Version shown, for a reader.
+    pub opened: Option<(CommitNo, Timestamp)>,
+    reader: Arc<FrameReader>,
+    runtime: Handle,
+    /// What only a writer has.
+    home: Option<Home>,
+}
+
+struct Home {
+    shipper: Arc<Shipper>,
+    committer: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Volume {
+    /// Opens a volume: recovery, then the threads of a writer. Blocks; not to be called on the runtime.
+    pub fn open(options: OpenOptions, runtime: &Handle) -> Result<Volume> {
+        options
+            .key
+            .require(if options.read_only { KeyRole::Reader } else { KeyRole::Writer })
+            .map_err(|e| Error::Refused(e.to_string()))?;
+        let dir = Arc::new(StateDir::open(&options.state)?);
+        let store = options.store.clone();
+        let superblock = runtime.block_on(opening::superblock(&*store, &dir, &options.key))?;
+        let ctx = Arc::new(context(&options.key, &superblock)?);
+        let (env, version) = (&options.env, options.version);
+        let role = if options.read_only { Role::Reader } else { Role::Writer };
+        let opened = runtime.block_on(opening::recover(&ctx, &dir, env, &*store, role, version))?;
+        let limits = ReaderLimits {
+            frame_cache_bytes: options.frame_cache,
+            disk_cache_bytes: options.disk_cache,
+            open_files: OPEN_FILES,
+        };
+        let reader =
+            FrameReader::new(dir.clone(), ctx.clone(), Some(store.clone()), options.env.clone(), limits)?;
+        let reader = Arc::new(reader);
+        let settings = Settings {
+            record_size: u64::from(superblock.parameters.record_size),
+            page_size: superblock.parameters.page_size as usize,
+            segment_size: u64::from(superblock.parameters.segment_size),
+            dirty_max: options.dirty_max,
+            size_limit: options.size_limit,
+            read_only: options.read_only,
+            ..Settings::default()
+        };
+        let shown = opened.time.map(|time| (opened.recovery.last_commit, time));
+        let parts = Parts { options: &options, dir: &dir, ctx, reader: &reader, runtime, settings };
+        let (fs, home) = if options.read_only { parts.reader(opened) } else { parts.writer(opened)? };
+        let runtime = runtime.clone();
+        Ok(Volume { fs, superblock, dir, store, opened: shown, reader, runtime, home })
+    }
+
+    /// The account of what is durable where; none for a reader.
+    pub fn durable(&self) -> Option<&Arc<Durable>> {
+        self.home.as_ref().map(|home| &home.shipper.durable)
+    }
+
+    /// Time of the newest commit, and of the newest one that the embassy holds.
+    pub fn commit_times(&self) -> (Option<Timestamp>, Option<Timestamp>) {
+        match &self.home {
+            Some(home) => {
+                let times = home.shipper.times.lock();
+                (times.newest, times.remote)
+            }
+            None => (self.opened.map(|o| o.1), self.opened.map(|o| o.1)),
+        }
+    }
+
+    /// Bytes of the local disk used as cache.
+    pub fn cache_bytes(&self) -> u64 {
+        self.reader.disk_cache_bytes()
+    }
+
+    /// Brings frames to this host; bounded in time.
+    pub async fn fetch(&self, ptrs: &[FramePtr]) -> Result<()> {
+        self.reader.fetch(ptrs).await
+    }
+
+    /// Calls `done` when the commit is durable in the store, or cannot be within `timeout`.
+    pub fn when_remote(
+        &self,
+        timeout: Duration,
+        done: Box<dyn FnOnce(std::result::Result<(), WaitError>) + Send>,
+    ) {
+        let commit = self.fs.sync_point();
+        match &self.home {
+            Some(home) => {
+                self.fs.request_commit(commit, true);
+                home.shipper.durable.wait_remote(commit, timeout, done);
+            }
+            None => done(Ok(())),
+        }
+    }
+
+    /// Commits what there is, ends the writer's threads and waits at most `timeout` until the store has it all.
+    /// What is then unsent stays in the state directory. Later calls do nothing.
+    pub fn close(&self, timeout: Duration) {
+        let Some(home) = &self.home else { return };
+        let Some(committer) = home.committer.lock().take() else { return };
+        self.fs.stop_commits();
+        if committer.join().is_err() {
+            ::log::error!("the committer ended in a panic; what was not committed is lost");
+        }
+        let shipper = &home.shipper;
+        let clock = &shipper.env.clock;
+        let deadline = clock.monotonic() + timeout;
+        self.runtime.block_on(async {
+            while !shipper.uploader_idle() && clock.monotonic() < deadline {
+                if shipper.durable.fenced().is_some() {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        });
+        shipper.stop();
+    }
+}
+
+pub(super) fn context(key: &KeyFile, superblock: &Superblock) -> Result<VolumeContext> {
+    let volume_key = key.volume_key().map_err(|e| Error::Refused(e.to_string()))?;
+    Ok(VolumeContext {
+        id: superblock.volume,
+        key: volume_key.clone(),
+        key_id: superblock.key_id,
+        writer_public: superblock.writer_public,
+        signer: key.signing.clone(),
+    })
+}
+
+/// What both kinds of volume are put together from.
+struct Parts<'a> {
+    options: &'a OpenOptions,
+    dir: &'a Arc<StateDir>,
+    ctx: Arc<VolumeContext>,
+    reader: &'a Arc<FrameReader>,
+    runtime: &'a Handle,
+    settings: Settings,
+}
+
+impl Parts<'_> {
+    fn reader(self, opened: Opened) -> (Arc<Fs>, Option<Home>) {
+        let env = self.options.env.clone();
+        (Arc::new(Fs::new(self.settings, env, self.reader.clone(), opened.recovery)), None)
+    }
+
+    fn writer(self, mut opened: Opened) -> Result<(Arc<Fs>, Option<Home>)> {
+        let env = self.options.env.clone();
+        let recovered = &opened.recovered;
+        let last_commit = opened.recovery.last_commit;
+        let log = Arc::new(Mutex::new(LogWriter::new(
+            self.dir.clone(),
+            self.ctx.clone(),
+            env.clone(),
+            recovered.epoch.max(Epoch(1)),
+            recovered.head,
+            recovered.next_seq,
+            recovered.last_commit,
+        )));
+        opened.recovery.orphans = self.runtime.block_on(orphans(&opened, self.reader))?;
+        let (sent, unsent) = self.runtime.block_on(split_sent(&*self.options.store, &opened));
+        let remote = unsent.first().map_or(last_commit, |first| {
+            sent.iter().rev().find(|s| s.head.seq < first.head.seq).map_or(CommitNo(0), |s| s.last_commit)
+        });
+        let at =
+            Position { local: last_commit, remote, remote_head: sent.last().map(|segment| segment.head) };
+        let (protection, sync_timeout) = (self.options.protection, self.options.sync_timeout);
+        let durable = Arc::new(Durable::new(protection, sync_timeout, env.clone(), at));
+        durable.start_ticker(self.runtime);
+        let replay_seq = opened.replay_seq;
+        let times = Times { newest: opened.time, remote: opened.time, recent: Default::default() };
+        let shipper = Arc::new(Shipper {
+            dir: self.dir.clone(),
+            ctx: self.ctx,
+            env: env.clone(),
+            runtime: self.runtime.clone(),
+            reader: self.reader.clone(),
+            durable: durable.clone(),
+            uploader: Mutex::new(None),
+            covered: AtomicU64::new(replay_seq.0),
+            sent: Mutex::new(sent.iter().map(|segment| segment.head.seq).collect()),
+            times: Mutex::new(times),
+        });
+        shipper.start_uploader(self.options.store.clone(), self.options.uploads);
+        shipper.retire();
+        for segment in unsent {
+            shipper.push(Upload::Segment(segment));
+        }
+        let fs = Arc::new(Fs::new(self.settings, env, self.reader.clone(), opened.recovery));
+        watch_space(&fs, self.dir, self.runtime, self.options.dirty_max);
+        let checkpointer = Checkpointer::new(fs.clone(), log.clone(), shipper.clone(), replay_seq);
+        let committer = Committer::new(fs.clone(), log, shipper.clone(), checkpointer, last_commit);
+        let thread = std::thread::Builder::new()
+            .name("committer".into())
+            .spawn(move || committer.run())
+            .map_err(Error::io("start the committer's thread"))?;
+        for ino in fs.orphans() {
+            fs.release_orphan(ino).map_err(|e| Error::Refused(format!("freeing unlinked {ino:?}: {e}")))?;
+        }
+        Ok((fs, Some(Home { shipper, committer: Mutex::new(Some(thread)) })))
+    }
+}
+
+/// Inodes that were unlinked but open when home went down. Their attributes are fetched too: they will be freed.
+async fn orphans(opened: &Opened, reader: &FrameReader) -> Result<Vec<Ino>> {
+    let maps = [&opened.recovery.replayed];
+    let levels = crate::tree::Levels { maps: &maps, tree: &opened.recovery.tree, frames: reader };
+    let range = key::orphans();
+    loop {
+        match levels.range(&range.start, &range.end, usize::MAX) {
+            Err(Error::Missing(ptrs)) => reader.fetch(&ptrs).await?,
+            found => {
+                return Ok(found?
+                    .iter()
+                    .filter_map(|(key, _)| match key::parse(key) {
+                        Some(KeyRef::Orphan(ino)) => Some(ino),
+                        _ => None,
+                    })
+                    .collect());
+            }
+        }
+    }
+}
+
+/// Which of the local segments the store has. When it does not answer, none: they are offered again, and the
+/// uploader finds out that they are the same.
+async fn split_sent(store: &dyn Store, opened: &Opened) -> (Vec<ClosedSegment>, Vec<ClosedSegment>) {
+    let local = opened.recovered.local.clone();
+    let Some(first) = local.first() else { return (Vec::new(), Vec::new()) };
+    let mut there = HashSet::new();
+    let mut after = log::segment::segment_name(Seq(first.head.seq.0.saturating_sub(1)));
+    while let Ok(page) = store.list("log/", Some(&after), 1000).await {
+        let Some(last) = page.last() else { break };
+        after = last.name.clone();
+        there.extend(page.into_iter().map(|object| (object.name, object.size)));
+    }
+    local.into_iter().partition(|s| there.contains(&(log::segment::segment_name(s.head.seq), s.len)))
+}
+
+/// Keeps the file system told whether the spool's disk has room for what memory may still hold.
+fn watch_space(fs: &Arc<Fs>, dir: &Arc<StateDir>, runtime: &Handle, dirty_max: u64) {
+    let (fs, dir) = (Arc::downgrade(fs), Arc::downgrade(dir)); // the task must not keep the volume open
+    let reserve = 2 * dirty_max + (64 << 20);
+    runtime.spawn(async move {
+        while let (Some(fs), Some(dir)) = (fs.upgrade(), dir.upgrade()) {
+            match dir.free_bytes() {
+                Ok(free) => fs.set_no_space(free < reserve),
+                Err(e) => ::log::warn!("free space of the spool: {e}"),
+            }
+            drop((fs, dir));
+            tokio::time::sleep(SPACE_INTERVAL).await;
+        }
+    });
+}
+
+/// Commits whose time is wanted until the store has them.
+#[derive(Default)]
+struct Times {
+    newest: Option<Timestamp>,
+    remote: Option<Timestamp>,
+    recent: std::collections::VecDeque<(CommitNo, Timestamp)>,
+}
+
+/// Takes what the committer makes to the spool, the store and the account.
+pub(super) struct Shipper {
+    dir: Arc<StateDir>,
+    ctx: Arc<VolumeContext>,
+    env: Env,
+    runtime: Handle,
+    reader: Arc<FrameReader>,
+    durable: Arc<Durable>,
+    uploader: Mutex<Option<Uploader>>,
+    /// Segments below this are covered by a local checkpoint.
+    covered: AtomicU64,
+    /// Sent segments that still lie in the spool.
+    sent: Mutex<Vec<Seq>>,
+    times: Mutex<Times>,
+}
+
+impl Shipper {
+    fn start_uploader(self: &Arc<Self>, store: Arc<dyn Store>, uploads: usize) {
+        let this = Arc::downgrade(self);
+        let on_sent = Box::new(move |segment: &ClosedSegment| {
+            if let Some(this) = this.upgrade() {
+                this.on_sent(segment);
+            }
+        });
+        let uploader = Uploader::start(
+            self.runtime.clone(),
+            store,
+            self.durable.clone(),
+            self.env.clone(),
+            uploads,
+            on_sent,
+        );
+        *self.uploader.lock() = Some(uploader);
+    }
+
+    fn push(&self, upload: Upload) {
+        if let Some(uploader) = &*self.uploader.lock() {
+            uploader.push(upload);
+        }
+    }
+
+    fn uploader_idle(&self) -> bool {
+        self.uploader.lock().as_ref().is_none_or(Uploader::idle)
+    }
+
+    fn stop(&self) {
+        if let Some(uploader) = self.uploader.lock().take() {
+            uploader.stop();
+        }
+    }
+
+    fn on_sent(&self, segment: &ClosedSegment) {
+        self.sent.lock().push(segment.head.seq);
+        {
+            let mut times = self.times.lock();
+            while let Some((no, time)) = times.recent.front().copied()
+                && no <= segment.last_commit
+            {
+                times.remote = Some(time);
+                times.recent.pop_front();
+            }
+        }
+        self.retire();
+    }
+
+    /// Sent segments that no replay from the local checkpoint needs become cache.
+    fn retire(&self) {
+        let covered = Seq(self.covered.load(Ordering::Acquire));
+        let ready: Vec<Seq> = self.sent.lock().extract_if(.., |seq| *seq < covered).collect();
+        if ready.is_empty() {
+            return;
+        }
+        for seq in ready {
+            if let Err(e) = self.reader.retire(seq) {
+                ::log::warn!("segment {seq} stays in the spool: {e}");
+            }
+        }
+        if let Err(e) = self.reader.evict() {
+            ::log::warn!("the disk cache is over its limit: {e}");
+        }
+    }
+
+    fn drop_old_checkpoints(&self) -> Result<()> {
+        let mut names = self.dir.checkpoints()?;
+        names.sort();
+        for name in names.iter().skip(LOCAL_CHECKPOINTS) {
+            let path = self.dir.root().join("checkpoint").join(name.trim_start_matches("checkpoint/"));
+            std::fs::remove_file(&path).map_err(Error::io(format!("remove {}", path.display())))?;
+        }
+        Ok(())
+    }
+}
+
+impl Shipping for Shipper {
+    fn committed(&self, commit: CommitNo) {
+        let now = self.env.clock.now();
+        {
+            let mut times = self.times.lock();
+            times.newest = Some(now);
+            times.recent.push_back((commit, now));
+        }
+        self.durable.set_local(commit);
+    }
+
+    fn closed(&self, segment: ClosedSegment) {
+        self.push(Upload::Segment(segment));
+    }
+
+    fn checkpoint(&self, checkpoint: CheckpointOutcome) -> Result<()> {
+        let CheckpointOutcome { root, dead, .. } = checkpoint;
+        let signer = self.ctx.signer.as_ref().ok_or_else(|| Error::Refused("no key to sign with".into()))?;
+        let body = checkpoint::seal(&root, self.ctx.id, &self.ctx.key, self.ctx.key_id, signer, &self.env);
+        let name = checkpoint::name(root.commit);
+        self.dir.write_atomic(&name, &body)?;
+        self.drop_old_checkpoints()?;
+        self.covered.fetch_max(root.replay_seq.0, Ordering::AcqRel);
+        self.push(Upload::Checkpoint { name, body: body.into(), after: root.root_seq });
+        dead.into_iter().for_each(|ptr| self.reader.dead(ptr));
+        self.retire();
+        Ok(())
+    }
+
+    fn dead(&self, ptr: FramePtr) {
+        self.reader.dead(ptr);
+    }
+
+    fn stored(&self) -> Seq {
+        self.durable.remote_head().map_or(Seq(0), |head| head.seq)
+    }
+
+    fn fetch(&self, ptrs: &[FramePtr]) -> Result<()> {
+        self.runtime.block_on(self.reader.fetch(ptrs))
+    }
+
+    fn failed(&self, reason: &str) {
+        self.durable.latch(reason.to_string());
+    }
+}

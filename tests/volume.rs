@@ -1,0 +1,298 @@
+//! The core without a kernel: a writer at home, a directory as the store, a reader with an empty state directory.
+#![allow(clippy::unwrap_used)]
+
+use embassyfs::clock::Env;
+use embassyfs::crypto::keyfile::KeyFile;
+use embassyfs::crypto::slots::Argon2Params;
+use embassyfs::fs::{self, Caller, Fs, NewNode, SetAttr, XattrMode};
+use embassyfs::log::volume::Parameters;
+use embassyfs::ops::init::{InitParams, READER_KEY, WRITER_KEY, init};
+use embassyfs::replica::Version;
+use embassyfs::replica::durable::Protection;
+use embassyfs::replica::volume::{OpenOptions, Volume};
+use embassyfs::store::Store;
+use embassyfs::store::local::LocalStore;
+use embassyfs::tree::value::FileType;
+use embassyfs::types::{CommitNo, Ino};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::time::Duration;
+use tokio::runtime::{Builder, Runtime};
+
+struct World {
+    dir: tempfile::TempDir,
+    runtime: Runtime,
+    store: Arc<dyn Store>,
+}
+
+impl World {
+    fn new(parameters: Parameters) -> World {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let store: Arc<dyn Store> = Arc::new(LocalStore::new(dir.path().join("store")));
+        let params = InitParams {
+            name: "land".into(),
+            passphrase: None,
+            argon: Argon2Params::default(),
+            parameters,
+            keys_dir: dir.path().join("keys"),
+        };
+        runtime.block_on(init(&*store, &Env::system(), params)).unwrap();
+        World { dir, runtime, store }
+    }
+
+    fn key(&self, name: &str) -> KeyFile {
+        KeyFile::load(&self.dir.path().join("keys").join(name)).unwrap()
+    }
+
+    fn options(&self, state: &str) -> OpenOptions {
+        OpenOptions {
+            store: self.store.clone(),
+            key: self.key(WRITER_KEY),
+            state: self.state(state),
+            env: Env::system(),
+            version: Version::Newest,
+            read_only: false,
+            protection: Protection::Local,
+            sync_timeout: Duration::from_secs(10),
+            disk_cache: 64 << 20,
+            frame_cache: 8 << 20,
+            dirty_max: 16 << 20,
+            uploads: 4,
+            size_limit: None,
+        }
+    }
+
+    fn state(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn home(&self) -> Volume {
+        Volume::open(self.options("home"), self.runtime.handle()).unwrap()
+    }
+
+    fn embassy(&self, state: &str, version: Version) -> embassyfs::log::Result<Volume> {
+        let key = self.key(READER_KEY);
+        let options = OpenOptions { key, read_only: true, version, ..self.options(state) };
+        Volume::open(options, self.runtime.handle())
+    }
+
+    fn sync(&self, volume: &Volume) -> CommitNo {
+        let (sender, receiver) = channel();
+        let commit = volume.fs.sync_point();
+        volume.when_remote(Duration::from_secs(20), Box::new(move |r| sender.send(r).unwrap()));
+        receiver.recv_timeout(Duration::from_secs(30)).unwrap().unwrap();
+        commit
+    }
+
+    /// Runs an operation as the FUSE side does: fetch what is missing, wait for room, try again.
+    fn run<T>(&self, volume: &Volume, mut op: impl FnMut(&Fs) -> fs::Result<T>) -> fs::Result<T> {
+        loop {
+            match op(&volume.fs) {
+                Err(fs::Error::Busy) => {
+                    let (sender, receiver) = channel();
+                    volume.fs.when_space(Box::new(move || sender.send(()).unwrap()));
+                    receiver.recv_timeout(Duration::from_secs(30)).unwrap();
+                }
+                Err(e) if e.missing().is_some() => {
+                    self.runtime.block_on(volume.fetch(e.missing().unwrap())).unwrap();
+                }
+                other => return other,
+            }
+        }
+    }
+}
+
+const ROOT_USER: Caller = Caller { uid: 0, gid: 0 };
+
+fn node(kind: FileType, mode: u32) -> NewNode<'static> {
+    NewNode { kind, mode, rdev: 0, target: b"" }
+}
+
+fn create(world: &World, volume: &Volume, dir: Ino, name: &str, data: &[u8]) -> Ino {
+    let make = |fs: &Fs| fs.make(dir, name.as_bytes(), &node(FileType::Regular, 0o640), ROOT_USER);
+    let ino = world.run(volume, make).unwrap().ino;
+    for (i, chunk) in data.chunks(4096).enumerate() {
+        world.run(volume, |fs| fs.write(ino, 4096 * i as u64, chunk, false)).unwrap();
+    }
+    ino
+}
+
+fn content(world: &World, volume: &Volume, dir: Ino, name: &str) -> Vec<u8> {
+    let attr = world.run(volume, |fs| fs.lookup(dir, name.as_bytes())).unwrap();
+    let mut out = Vec::new();
+    while (out.len() as u64) < attr.inode.size {
+        out.extend(world.run(volume, |fs| fs.read(attr.ino, out.len() as u64, 1 << 20)).unwrap());
+    }
+    out
+}
+
+/// Bytes that differ at every place and do not shrink.
+fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut step = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8
+    };
+    (0..len).map(|_| step()).collect()
+}
+
+#[test]
+fn what_home_wrote_is_read_abroad_and_survives_a_restart() {
+    let world = World::new(Parameters::default());
+    let home = world.home();
+    let big = noise(1, 3_000_000);
+    let dir = world
+        .run(&home, |fs| fs.make(Ino::ROOT, b"deeds", &node(FileType::Directory, 0o750), ROOT_USER))
+        .unwrap()
+        .ino;
+    create(&world, &home, dir, "big", &big);
+    for i in 0..500 {
+        create(&world, &home, dir, &format!("small{i}"), format!("deed {i}").as_bytes());
+    }
+    let big_ino = home.fs.lookup(dir, b"big").unwrap().ino;
+    home.fs.setxattr(big_ino, b"user.note", b"sealed", XattrMode::Any).unwrap();
+    world.sync(&home);
+
+    let check = |volume: &Volume| {
+        let dir = world.run(volume, |fs| fs.lookup(Ino::ROOT, b"deeds")).unwrap();
+        assert_eq!(dir.inode.mode, 0o750);
+        assert!(content(&world, volume, dir.ino, "big") == big);
+        assert_eq!(content(&world, volume, dir.ino, "small77"), b"deed 77");
+        let ino = world.run(volume, |fs| fs.lookup(dir.ino, b"big")).unwrap().ino;
+        assert_eq!(world.run(volume, |fs| fs.getxattr(ino, b"user.note")).unwrap(), b"sealed");
+        let items = world.run(volume, |fs| fs.readdir(dir.ino, 0, 1000)).unwrap();
+        assert_eq!(items.len(), 503);
+    };
+    check(&home);
+    check(&world.embassy("embassy", Version::Newest).unwrap());
+    home.close(Duration::from_secs(20));
+    drop(home);
+    let again = world.home();
+    check(&again);
+    check(&world.embassy("embassy", Version::Newest).unwrap());
+    check(&world.embassy("third", Version::Newest).unwrap());
+    again.close(Duration::from_secs(20));
+}
+
+#[test]
+fn each_version_shows_what_was_there_then() {
+    let world = World::new(Parameters::default());
+    let home = world.home();
+    let mut commits = Vec::new();
+    let file = create(&world, &home, Ino::ROOT, "ledger", b"");
+    for i in 0..5u8 {
+        home.fs.write(file, 0, &[i; 100_000], false).unwrap();
+        commits.push(world.sync(&home));
+    }
+    for (i, commit) in commits.iter().enumerate() {
+        let past = world.embassy(&format!("past{i}"), Version::Commit(*commit)).unwrap();
+        assert!(content(&world, &past, Ino::ROOT, "ledger") == [i as u8; 100_000]);
+        let refused = past.fs.write(file, 0, b"x", false).unwrap_err();
+        assert_eq!(refused.errno(), libc::EROFS);
+    }
+    let beyond = Version::Commit(CommitNo(commits.last().unwrap().0 + 50));
+    assert!(world.embassy("beyond", beyond).is_err());
+    home.close(Duration::from_secs(20));
+}
+
+#[test]
+fn overwrites_holes_and_truncation_equal_a_plain_array_through_commits_and_checkpoints() {
+    let world =
+        World::new(Parameters { segment_size: 1 << 20, record_size: 16 << 10, ..Parameters::default() });
+    let mut home = world.home();
+    let mut file = create(&world, &home, Ino::ROOT, "f", b"");
+    let mut model: Vec<u8> = Vec::new();
+    let mut state = 42u64;
+    let mut next = |n: u64| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state % n
+    };
+    for round in 0..300u64 {
+        let at = next(400_000);
+        let len = next(60_000) + 1;
+        match next(10) {
+            0 => {
+                let set = SetAttr { size: Some(at), ..SetAttr::default() };
+                world.run(&home, |fs| fs.setattr(file, &set)).unwrap();
+                model.resize(at as usize, 0);
+            }
+            1 => {
+                let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                world.run(&home, |fs| fs.fallocate(file, at, len, mode)).unwrap();
+                let end = model.len().min((at + len) as usize);
+                if (at as usize) < end {
+                    model[at as usize..end].fill(0);
+                }
+            }
+            2 if !model.is_empty() => {
+                let from = next(model.len() as u64);
+                let copied = len.min(model.len() as u64 - from);
+                let to = from + copied + next(50_000);
+                let done = world.run(&home, |fs| fs.copy_range((file, from), (file, to), copied)).unwrap();
+                assert_eq!(done, copied);
+                let part = model[from as usize..(from + copied) as usize].to_vec();
+                model.resize(model.len().max((to + copied) as usize), 0);
+                model[to as usize..(to + copied) as usize].copy_from_slice(&part);
+            }
+            _ => {
+                let data = noise(round, len as usize);
+                world.run(&home, |fs| fs.write(file, at, &data, false)).unwrap();
+                model.resize(model.len().max((at + len) as usize), 0);
+                model[at as usize..(at + len) as usize].copy_from_slice(&data);
+            }
+        }
+        if round % 40 == 7 {
+            world.sync(&home);
+        }
+        if round % 100 == 77 {
+            home.close(Duration::from_secs(20));
+            drop(home);
+            home = world.home();
+            file = home.fs.lookup(Ino::ROOT, b"f").unwrap().ino;
+        }
+        assert!(content(&world, &home, Ino::ROOT, "f") == model, "round {round}");
+    }
+    world.sync(&home);
+    let embassy = world.embassy("embassy", Version::Newest).unwrap();
+    assert!(content(&world, &embassy, Ino::ROOT, "f") == model);
+    home.close(Duration::from_secs(20));
+}
+
+#[test]
+fn an_unlinked_file_lives_until_the_kernel_lets_go_and_is_freed_after_a_restart() {
+    let world = World::new(Parameters::default());
+    let home = world.home();
+    let file = create(&world, &home, Ino::ROOT, "open", &noise(3, 300_000));
+    home.fs.looked_up(file);
+    world.sync(&home);
+    let used = home.fs.usage();
+    home.fs.unlink(Ino::ROOT, b"open").unwrap();
+    world.sync(&home);
+    assert_eq!(home.fs.read(file, 0, 10).unwrap(), noise(3, 10));
+    home.close(Duration::from_secs(20));
+    drop(home);
+    let again = world.home();
+    world.sync(&again);
+    assert!(again.fs.orphans().is_empty());
+    assert_eq!(again.fs.getattr(file).unwrap_err().errno(), libc::ESTALE);
+    assert_eq!(again.fs.usage().used, used.used - 300_000);
+    assert_eq!(again.fs.usage().inodes, used.inodes - 1);
+    again.close(Duration::from_secs(20));
+}
+
+#[test]
+fn a_second_home_is_refused_and_told_why() {
+    let world = World::new(Parameters::default());
+    let home = world.home();
+    create(&world, &home, Ino::ROOT, "a", b"1");
+    world.sync(&home);
+    let error = Volume::open(world.options("other"), world.runtime.handle()).map(|_| ()).unwrap_err();
+    assert!(error.to_string().contains("promote"), "{error}");
+    home.close(Duration::from_secs(20));
+}
