@@ -134,6 +134,14 @@ impl Ranges {
         self.write(&mut inner);
     }
 
+    /// Writes what changed and waits for the disk.
+    pub fn flush_to_disk(&self) {
+        self.flush();
+        if let Some(Err(e)) = self.db.as_ref().map(|db| db.flush()) {
+            ::log::warn!("the index of the cache was not flushed: {e}");
+        }
+    }
+
     fn changed(&self, inner: &mut Inner, seq: Seq) {
         inner.changed.insert(seq);
         if inner.changed.len() >= BATCH {
@@ -159,10 +167,7 @@ impl Ranges {
 
 impl Drop for Ranges {
     fn drop(&mut self) {
-        self.flush();
-        if let Some(Err(e)) = self.db.as_ref().map(|db| db.flush()) {
-            ::log::warn!("the index of the cache was not flushed: {e}");
-        }
+        self.flush_to_disk();
     }
 }
 

@@ -40,11 +40,12 @@ pub(super) fn serve(plan: &MountPlan, pipe: ReadyPipe) -> Outcome {
     if let Err(e) = control.shutdown(control.shipping_left()) {
         ::log::warn!("at the end: {e}");
     }
+    // Closing makes the last checkpoint and ships it too; only then is it known what stays behind.
+    let closed = volume.close();
     let last = control.status();
     if last.has_unsent() {
-        ::log::warn!("closing with {} unsent, kept in {}", last.unsent_in_words(), last.state);
+        ::log::warn!("closed with {} unsent, kept in {}", last.unsent_in_words(), last.state);
     }
-    let closed = volume.close();
     if let Some(server) = server {
         server.finish(last);
     }

@@ -3,7 +3,7 @@
 
 use super::exit::{ExitCode, Failure};
 use super::seam::{OpenRequest, Served};
-use crate::fuse::adapter::Adapter;
+use crate::fuse::adapter;
 use crate::fuse::mount::MountSettings;
 use crate::fuse::serve::{Backend, Requests};
 use crate::log;
@@ -22,8 +22,6 @@ use tokio::runtime::Runtime;
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 /// How long closing waits for what the last checkpoint added; the rest has been shipped before.
 const CLOSE_WAIT: Duration = Duration::from_secs(10);
-/// Dispatch threads: more than one only costs latency while requests are answered from memory.
-const DISPATCH_THREADS: usize = 1;
 
 /// What operators can ask of a mounted volume.
 pub(super) struct MountControl {
@@ -164,14 +162,8 @@ impl Served for Session {
     ) -> Result<(), Failure> {
         let backend: Arc<dyn Backend> = self.control.clone();
         let requests = Requests::new(self.control.volume.fs.clone(), backend, self.runtime.handle().clone());
-        let mut config = fuser::Config::default();
-        config.n_threads = Some(DISPATCH_THREADS);
-        let fail = |e: std::io::Error| Failure::from_error(ExitCode::Failed, "serving the kernel", &e);
-        let session =
-            fuser::Session::from_fd(Adapter::new(requests), fuse_fd, fuser::SessionACL::All, config)
-                .map_err(fail)?;
-        ready();
-        session.run().map_err(fail)
+        adapter::serve(requests, fuse_fd, ready)
+            .map_err(|e| Failure::from_error(ExitCode::Failed, "serving the kernel", &e))
     }
 
     fn close(self: Box<Self>) -> Result<Status, Failure> {

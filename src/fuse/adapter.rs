@@ -8,12 +8,14 @@ use crate::fs::{self, Attr, Caller, Fs, NewNode, Seek, SetAttr, XattrMode};
 use crate::tree::value::FileType;
 use crate::types::Ino;
 use fuser::{
-    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
+    BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
     InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
     ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
-    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
 };
 use std::ffi::OsStr;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -27,17 +29,24 @@ const DIR_BATCH: usize = 256;
 const REQUEST_MAX: u32 = 1 << 20;
 const GENERATION: Generation = Generation(0);
 
+/// Dispatch threads: more than one only costs latency while requests are answered from memory.
+const DISPATCH_THREADS: usize = 1;
+
+/// Answers the kernel on `fuse_fd` until the file system is unmounted; calls `ready` once the kernel has greeted.
+pub fn serve(requests: Arc<Requests>, fuse_fd: OwnedFd, ready: Box<dyn FnOnce() + Send>) -> io::Result<()> {
+    let mut config = Config::default();
+    config.n_threads = Some(DISPATCH_THREADS);
+    let session = Session::from_fd(Adapter { requests }, fuse_fd, SessionACL::All, config)?;
+    ready();
+    session.run()
+}
+
 /// The FUSE side of one mount.
-pub struct Adapter {
+struct Adapter {
     requests: Arc<Requests>,
 }
 
 impl Adapter {
-    /// An adapter over `requests`.
-    pub fn new(requests: Arc<Requests>) -> Adapter {
-        Adapter { requests }
-    }
-
     fn serve<T: Send + 'static>(
         &self,
         what: &'static str,

@@ -20,6 +20,8 @@ pub(super) type Served<T> = Result<T, i32>;
 const FETCH_ROUNDS: usize = 4096;
 /// How long a writer waits for room before it gets an error.
 const SPACE_TIMEOUT: Duration = Duration::from_secs(300);
+/// Reads of at least this many bytes are opened on the pool.
+const POOL_READ: usize = 128 << 10;
 /// Bytes fetched ahead of a sequential reader whose data is only in the store.
 const READ_AHEAD: u64 = 8 << 20;
 
@@ -89,6 +91,21 @@ impl Requests {
         reply: impl FnOnce(Served<Bytes>) + Send + 'static,
     ) {
         let mut op = move |fs: &Fs| fs.read(ino, offset, len);
+        if len >= POOL_READ {
+            // A streaming reader has several of these under way: they are opened side by side.
+            let this = self.clone();
+            self.pool.spawn(async move {
+                let result = match this.attempt("read", &mut op) {
+                    Err(e) if wants_retry(&e) => {
+                        this.read_ahead(ino, offset + len as u64);
+                        this.retry("read", op, e).await
+                    }
+                    result => result.map_err(|e| report("read", &e)),
+                };
+                reply(result);
+            });
+            return;
+        }
         match self.attempt("read", &mut op) {
             Err(e) if wants_retry(&e) => {
                 let this = self.clone();

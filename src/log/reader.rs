@@ -6,7 +6,7 @@
 
 use super::gather::{coalesce, cut};
 use super::segment::{HEADER_LEN, Header, SegmentCipher, UncheckedHeader, VolumeContext, segment_name};
-use super::statedir::{StateDir, punch_hole};
+use super::statedir::{StateDir, data_ranges, punch_hole};
 use super::{Error, Frames, Result};
 use crate::cache::frames::FrameCache;
 use crate::cache::ranges::Ranges;
@@ -103,15 +103,17 @@ impl FrameReader {
     ) -> Result<FrameReader> {
         let ranges = Ranges::open(&dir.index_path());
         let cached: HashSet<Seq> = dir.cache_segments()?.into_iter().collect();
-        // An index without the file or a file without the index is worth nothing.
         ranges
             .oldest_first()
             .into_iter()
             .filter(|seq| !cached.contains(seq))
             .for_each(|seq| ranges.forget(seq));
+        // A file the index does not know (a crash, an index that was removed) is indexed by what it holds: frames
+        // are authenticated when they are opened, so a wrong guess costs a request and never gives wrong bytes.
         for seq in cached.into_iter().filter(|seq| !ranges.contains(*seq)) {
             let path = dir.cache_path(seq);
-            std::fs::remove_file(&path).map_err(Error::io(format!("remove {}", path.display())))?;
+            let held = data_ranges(&path).map_err(Error::io(format!("look at {}", path.display())))?;
+            held.into_iter().for_each(|range| ranges.insert(seq, range, 0));
         }
         let open_files = NonZeroUsize::new(limits.open_files).unwrap_or(NonZeroUsize::MIN);
         Ok(FrameReader {
@@ -187,8 +189,14 @@ impl FrameReader {
         };
         make_parent(&to).and_then(|()| std::fs::rename(&from, &to)).map_err(wrap)?;
         self.ranges.insert(seq, 0..len, self.now());
+        self.ranges.flush();
         self.files.lock().pop(&seq);
         Ok(())
+    }
+
+    /// Writes the index of cached ranges to the disk.
+    pub fn flush_index(&self) {
+        self.ranges.flush_to_disk();
     }
 
     /// Brings the cached ranges under their limit: dead frames are punched out first, then the segments that were

@@ -1,3 +1,5 @@
+//! Tests of recovery: from spool, store or both, torn at every byte, and refusals.
+
 use super::super::Append;
 use super::super::chain::list_commits;
 use super::super::segment::{HEADER_LEN, TRAILER_LEN, UncheckedHeader};

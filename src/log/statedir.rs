@@ -6,7 +6,8 @@ use super::segment::seq_of_name;
 use super::{Error, Result};
 use crate::types::Seq;
 use std::fs::{File, OpenOptions};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
@@ -197,6 +198,35 @@ pub(super) fn punch_hole(file: &File, range: std::ops::Range<u64>) -> std::io::R
 
 fn check(result: libc::c_int) -> std::io::Result<()> {
     if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// The stretches of a sparse file that are not holes.
+pub(super) fn data_ranges(path: &Path) -> io::Result<Vec<Range<u64>>> {
+    let file = File::open(path)?;
+    let len = file.metadata()?.len();
+    let mut ranges = Vec::new();
+    let mut at = 0;
+    while let Some(start) = seek(&file, at, libc::SEEK_DATA)?
+        && start < len
+    {
+        let end = seek(&file, start, libc::SEEK_HOLE)?.unwrap_or(len);
+        ranges.push(start..end);
+        at = end;
+    }
+    Ok(ranges)
+}
+
+/// lseek(2) for data or a hole; `None` past the last one.
+fn seek(file: &File, at: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
+    let offset = libc::off_t::try_from(at).map_err(io::Error::other)?;
+    // SAFETY: lseek takes no pointers, and the descriptor is open for as long as `file` is borrowed.
+    match unsafe { libc::lseek(file.as_raw_fd(), offset, whence) } {
+        found @ 0.. => Ok(Some(found.cast_unsigned())),
+        _ => match io::Error::last_os_error() {
+            e if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            e => Err(e),
+        },
+    }
 }
 
 #[cfg(test)]

@@ -1,3 +1,5 @@
+//! Tests of the writer on disks that fill up or fail.
+
 use super::super::Frames;
 use super::super::reader::{FrameReader, ReaderLimits};
 use super::super::testing::{env, noise, volume};

@@ -171,6 +171,7 @@ impl Volume {
     /// Commits what there is, ends the writer's threads and waits at most `timeout` until the store has it all.
     /// What is then unsent stays in the state directory. Later calls do nothing.
     pub fn close(&self, timeout: Duration) {
+        self.reader.flush_index();
         let Some(home) = &self.home else { return };
         let Some(committer) = home.committer.lock().take() else { return };
         self.fs.stop_commits();
@@ -189,6 +190,7 @@ impl Volume {
             }
         });
         shipper.stop();
+        self.reader.flush_index();
     }
 }
 

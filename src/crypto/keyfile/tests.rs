@@ -1,3 +1,5 @@
+//! Tests of key files: what is damaged, open to others or from the future is refused by name.
+
 use super::*;
 use crate::types::hex;
 

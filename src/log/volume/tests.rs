@@ -1,3 +1,5 @@
+//! Tests of the superblock: every field is protected, and a passphrase opens it.
+
 use super::*;
 use crate::clock::Env;
 use crate::crypto::keyfile::KeySet;

@@ -1,3 +1,5 @@
+//! Tests of `init`: what it refuses, and that no volume ever exists without its keys.
+
 use super::*;
 use crate::crypto::keyfile::{Role, StewardKeyFile};
 use crate::types::Timestamp;
