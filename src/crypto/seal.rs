@@ -1,10 +1,13 @@
-//! Sealing with AES-256-GCM.
-//! Invariant: one [`Sealer`] per derived key; its caller never seals twice under one nonce (segments use the
+//! Sealing with AES-256-GCM: [`Sealer`] for small objects, [`BulkSealer`] for the frames of segments.
+//! Both make the same bytes from the same inputs; the second is AWS-LC's implementation, several times as fast on
+//! wide registers, and a test holds it against the first.
+//! Invariant: one sealer per derived key; its caller never seals twice under one nonce (segments use the
 //! frame's offset, and an offset is sealed once; other objects draw a fresh salt, hence a fresh key, each time).
 
 use super::keys::DerivedKey;
 use aes_gcm::aead::inout::InOutBuf;
 use aes_gcm::{AeadInOut, Aes256Gcm, KeyInit};
+use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use std::fmt;
 
 /// Bytes that sealing adds to the plain text.
@@ -54,6 +57,40 @@ impl fmt::Debug for Sealer {
     }
 }
 
+/// AES-256-GCM under one derived key, for much data.
+pub struct BulkSealer(LessSafeKey);
+
+impl BulkSealer {
+    /// A sealer under `key`.
+    pub fn new(key: &DerivedKey) -> BulkSealer {
+        let key = UnboundKey::new(&AES_256_GCM, &key.0).expect("the key has the algorithm's length");
+        BulkSealer(LessSafeKey::new(key))
+    }
+
+    /// As [`Sealer::seal`].
+    pub fn seal(&self, nonce: u64, associated: &[u8], buf: &mut [u8]) -> [u8; TAG_LEN] {
+        let nonce = Nonce::assume_unique_for_key(nonce96(nonce));
+        let tag = self.0.seal_in_place_separate_tag(nonce, Aad::from(associated), buf);
+        let tag = tag.expect("a frame is far below the 64 GiB limit of GCM");
+        tag.as_ref().try_into().expect("GCM's tag has 16 bytes")
+    }
+
+    /// Opens `buf`, which ends with the tag, in place. On failure `buf` holds nothing meaningful.
+    pub fn open(&self, nonce: u64, associated: &[u8], buf: &mut [u8]) -> Result<(), NotAuthentic> {
+        let nonce = Nonce::assume_unique_for_key(nonce96(nonce));
+        match self.0.open_in_place(nonce, Aad::from(associated), buf) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(NotAuthentic),
+        }
+    }
+}
+
+impl fmt::Debug for BulkSealer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("BulkSealer(..)")
+    }
+}
+
 fn nonce96(nonce: u64) -> [u8; 12] {
     let mut out = [0; 12];
     out[..8].copy_from_slice(&nonce.to_le_bytes());
@@ -81,5 +118,23 @@ mod tests {
         let mut torn = buf.clone();
         torn[0] ^= 1;
         assert!(attempt(9, b"ad", torn, tag).is_err());
+    }
+
+    #[test]
+    fn both_implementations_make_and_open_the_same_bytes() {
+        let key = VolumeKey::from_bytes([9; 32]).derive(Purpose::SegmentFrames, b"segment");
+        let (small, bulk) = (Sealer::new(&key), BulkSealer::new(&key));
+        for len in [0usize, 1, 15, 16, 17, 4095, 131_072] {
+            let plain: Vec<u8> = (0..len).map(|i| (i * 7 + len) as u8).collect();
+            let (mut a, mut b) = (plain.clone(), plain.clone());
+            let nonce = u64::MAX - len as u64;
+            let tag = small.seal(nonce, b"place", &mut a);
+            assert_eq!(bulk.seal(nonce, b"place", &mut b), tag);
+            assert_eq!(a, b);
+            let mut sealed = [a, tag.to_vec()].concat();
+            assert!(bulk.open(nonce, b"elsewhere", &mut sealed.clone()).is_err());
+            bulk.open(nonce, b"place", &mut sealed).unwrap();
+            assert_eq!(sealed[..len], plain);
+        }
     }
 }

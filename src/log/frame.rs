@@ -6,7 +6,7 @@
 use super::segment::{Fields, Header, VolumeContext, put_time, segment_name};
 use super::{Error, Result};
 use crate::crypto::keys::DerivedKey;
-use crate::crypto::seal::{Sealer, TAG_LEN};
+use crate::crypto::seal::{BulkSealer, TAG_LEN};
 use crate::types::{CommitNo, FrameKind, FramePtr, Timestamp};
 use bytes::Bytes;
 
@@ -26,10 +26,10 @@ const PROBE_LEN: usize = 4 << 10;
 const ASSOCIATED_LEN: usize = 40;
 
 /// Seals and opens the frames of one segment.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct SegmentCipher {
     header: Header,
-    sealer: Sealer,
+    sealer: BulkSealer,
 }
 
 impl SegmentCipher {
@@ -44,7 +44,7 @@ impl SegmentCipher {
     }
 
     fn with_key(header: Header, key: &DerivedKey) -> SegmentCipher {
-        SegmentCipher { header, sealer: Sealer::new(key) }
+        SegmentCipher { header, sealer: BulkSealer::new(key) }
     }
 
     /// The header this cipher is bound to.
@@ -87,14 +87,14 @@ impl SegmentCipher {
         }
         let associated = self.associated(ptr.offset, &prefix.encode());
         let end = sealed.len() - TAG_LEN;
-        let (front, tag) = sealed.split_at_mut(end);
-        let tag = tag.first_chunk().expect("split off a tag's length");
-        let contents = front.get_mut(PREFIX_LEN..).ok_or_else(|| bad("damaged prefix"))?;
+        let contents = sealed.get_mut(PREFIX_LEN..).ok_or_else(|| bad("damaged prefix"))?;
         self.sealer
-            .open(ptr.offset.into(), &associated, contents, tag)
+            .open(ptr.offset.into(), &associated, contents)
             .map_err(|_| bad("authentication failed"))?;
         if prefix.flags & FLAG_LZ4 != 0 {
-            return decompress(contents).map(Bytes::from).ok_or_else(|| bad("does not decompress"));
+            return decompress(&sealed[PREFIX_LEN..end])
+                .map(Bytes::from)
+                .ok_or_else(|| bad("does not decompress"));
         }
         Ok(Bytes::from(sealed).slice(PREFIX_LEN..end))
     }
