@@ -12,12 +12,16 @@ use crate::tree::checkpoint::Root;
 use crate::tree::delta::{Counters, Delta};
 use crate::types::{CommitNo, FrameKind, FramePtr, Head, Seq, Timestamp};
 use parking_lot::Mutex;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 /// Segments since the last checkpoint above which one is made: each costs a replay a request.
 const REPLAY_SEGMENTS_MAX: u64 = 512;
+
+/// Pause after a checkpoint that failed, in seconds.
+const RETRY_SECS: u64 = 30;
 
 /// What is to be merged into the tree, and from where on the log must be replayed afterwards.
 pub(super) struct Frozen {
@@ -50,6 +54,8 @@ pub struct Checkpointer {
     worker: Option<JoinHandle<()>>,
     /// First segment a replay would need now.
     replay_seq: Arc<AtomicU64>,
+    /// After a failure, the monotonic time in seconds before which no other is begun.
+    not_before: Arc<AtomicU64>,
 }
 
 impl Checkpointer {
@@ -67,6 +73,7 @@ impl Checkpointer {
             busy: Arc::default(),
             worker: None,
             replay_seq: Arc::new(AtomicU64::new(replay_seq.0)),
+            not_before: Arc::default(),
         }
     }
 
@@ -78,6 +85,9 @@ impl Checkpointer {
     /// taken `log_bytes` since the last checkpoint.
     pub(super) fn due(&self, state: &State, next_seq: u64, log_bytes: u64) -> bool {
         let settings = &self.fs.settings;
+        if self.fs.env.clock.monotonic().as_secs() < self.not_before.load(Ordering::Acquire) {
+            return false;
+        }
         let weight: usize = state.levels.iter().map(|l| l.weight).sum();
         let segments = next_seq.saturating_sub(self.replay_seq.load(Ordering::Acquire));
         weight >= settings.memtable_max
@@ -95,13 +105,16 @@ impl Checkpointer {
         self.busy.store(true, Ordering::Release);
         let (fs, log, shipping) = (self.fs.clone(), self.log.clone(), self.shipping.clone());
         let (busy, replay_seq) = (self.busy.clone(), self.replay_seq.clone());
+        let not_before = self.not_before.clone();
         let work = move || {
-            match run(&fs, &log, &*shipping, &frozen) {
+            let ran = catch_unwind(AssertUnwindSafe(|| run(&fs, &log, &*shipping, &frozen)));
+            match ran.unwrap_or_else(|_| Err(log::Error::Latched("the checkpoint panicked".into()))) {
                 Ok(()) => replay_seq.store(frozen.replay_seq.0, Ordering::Release),
                 Err(e) => {
                     // Nothing is lost: the changes stay in memory and in the replay; the next one tries again.
                     ::log::error!("checkpoint of commit {} failed: {e}", frozen.commit.0);
                     fs.state.lock().levels.iter_mut().for_each(|level| level.frozen = false);
+                    not_before.store(fs.env.clock.monotonic().as_secs() + RETRY_SECS, Ordering::Release);
                 }
             }
             busy.store(false, Ordering::Release);

@@ -18,6 +18,7 @@ use crate::types::{CommitNo, FrameKind, FramePtr, Ino, Seq};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -135,8 +136,14 @@ impl Committer {
         loop {
             let todo = self.wait();
             let stop = todo.stop;
-            if let Err(e) = self.work(todo) {
-                let reason = e.to_string();
+            // A panic is a bug, but those who wait for a commit must hear of it like of any other failure.
+            let worked = catch_unwind(AssertUnwindSafe(|| self.work(todo)));
+            let failed = match worked {
+                Ok(Ok(())) => None,
+                Ok(Err(e)) => Some(e.to_string()),
+                Err(_) => Some("the committer panicked; its message is in the log".to_string()),
+            };
+            if let Some(reason) = failed {
                 self.fs.fail(&reason);
                 self.shipping.failed(&reason);
             }

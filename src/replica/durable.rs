@@ -17,6 +17,8 @@ use std::time::Duration;
 const MARKS_MAX: usize = 1024;
 /// Commits nearer to each other than this share a mark.
 const MARK_INTERVAL: Duration = Duration::from_millis(100);
+/// A local disk that has not taken a commit for this long after the deadline is stuck; nobody waits for ever.
+const STUCK_AFTER: Duration = Duration::from_secs(300);
 /// How often timeouts are looked at while somebody waits.
 const TICK: Duration = Duration::from_millis(50);
 
@@ -58,7 +60,7 @@ impl FromStr for Protection {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WaitError {
     /// Not within the time allowed. It may become durable later.
-    #[error("not durable in the embassy within the time allowed")]
+    #[error("not durable within the time allowed")]
     TimedOut,
     /// It never will in this process.
     #[error("{0}")]
@@ -432,7 +434,8 @@ impl Durable {
             _ => (),
         }
         let times_out = waiter.goal == Goal::Remote || self.protection == Protection::Strict;
-        (times_out && now.is_some_and(|now| waiter.deadline <= now)).then_some(Err(WaitError::TimedOut))
+        let last = if times_out { waiter.deadline } else { waiter.deadline.saturating_add(STUCK_AFTER) };
+        now.is_some_and(|now| last <= now).then_some(Err(WaitError::TimedOut))
     }
 }
 

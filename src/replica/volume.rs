@@ -23,13 +23,15 @@ use parking_lot::Mutex;
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::runtime::Handle;
 
 /// Local checkpoints kept: the newest, and one in case it is damaged.
 const LOCAL_CHECKPOINTS: usize = 2;
+/// Pause between two attempts to fetch what a commit needs.
+const FETCH_PAUSE: Duration = Duration::from_secs(1);
 /// Segment files kept open for reading.
 const OPEN_FILES: usize = 128;
 /// How often the spool's free space is looked at.
@@ -174,6 +176,7 @@ impl Volume {
         self.reader.flush_index();
         let Some(home) = &self.home else { return };
         let Some(committer) = home.committer.lock().take() else { return };
+        home.shipper.closing.store(true, Ordering::Release);
         self.fs.stop_commits();
         if committer.join().is_err() {
             ::log::error!("the committer ended in a panic; what was not committed is lost");
@@ -257,6 +260,7 @@ impl Parts<'_> {
             covered: AtomicU64::new(replay_seq.0),
             sent: Mutex::new(sent.iter().map(|segment| segment.head.seq).collect()),
             times: Mutex::new(times),
+            closing: AtomicBool::new(false),
         });
         shipper.start_uploader(self.options.store.clone(), self.options.uploads);
         shipper.retire();
@@ -352,6 +356,8 @@ pub(super) struct Shipper {
     /// Sent segments that still lie in the spool.
     sent: Mutex<Vec<Seq>>,
     times: Mutex<Times>,
+    /// The volume is being closed: nothing is waited for any more.
+    closing: AtomicBool,
 }
 
 impl Shipper {
@@ -469,7 +475,19 @@ impl Shipping for Shipper {
     }
 
     fn fetch(&self, ptrs: &[FramePtr]) -> Result<()> {
-        self.runtime.block_on(self.reader.fetch(ptrs))
+        // A link that is down holds commits up that need old pages; it must not end the writer. Whoever waits for
+        // the commit has a bound of his own.
+        self.runtime.block_on(async {
+            loop {
+                match self.reader.fetch(ptrs).await {
+                    Err(Error::Store(e)) if e.is_transient() && !self.closing.load(Ordering::Acquire) => {
+                        ::log::warn!("a commit waits for pages that only the store has: {e}");
+                        tokio::time::sleep(FETCH_PAUSE).await;
+                    }
+                    other => return other,
+                }
+            }
+        })
     }
 
     fn failed(&self, reason: &str) {
