@@ -2,6 +2,7 @@
 //! Invariant: what is recovered is a prefix of what was appended; a frame opens only at the place and as the kind
 //! it was sealed for. The bytes are described in `docs/format.md` and nowhere else.
 
+mod ahead;
 pub mod chain;
 mod closing;
 mod frame;

@@ -4,6 +4,7 @@
 //! and fetched again, what does not open in the spool or from the store is damage and is named. Files in `log/` are
 //! never changed here.
 
+use super::ahead::ReadAhead;
 use super::gather::{coalesce, cut};
 use super::segment::{HEADER_LEN, Header, SegmentCipher, UncheckedHeader, VolumeContext, segment_name};
 use super::statedir::{StateDir, data_ranges, punch_hole};
@@ -56,6 +57,7 @@ pub struct FrameReader {
     files: Mutex<LruCache<Seq, Arc<OpenFile>>>,
     ciphers: Mutex<LruCache<Seq, Arc<SegmentCipher>>>,
     in_flight: InFlight,
+    ahead: ReadAhead,
     dead: Mutex<Dead>,
     /// Held while cached files are made, filled, punched or removed. Taken before any other lock here.
     disk: Mutex<()>,
@@ -122,6 +124,7 @@ impl FrameReader {
             files: Mutex::new(LruCache::new(open_files)),
             ciphers: Mutex::new(LruCache::new(CIPHERS_KEPT)),
             in_flight: InFlight::default(),
+            ahead: ReadAhead::new(),
             dead: Mutex::new(Dead::default()),
             disk: Mutex::new(()),
             dir,
@@ -351,23 +354,35 @@ impl FrameReader {
         })?;
         let mut by_segment: BTreeMap<Seq, Vec<FramePtr>> = BTreeMap::new();
         ptrs.iter().for_each(|ptr| by_segment.entry(ptr.seq).or_default().push(*ptr));
-        let mut requests = Vec::new();
+        let (mut requests, mut unsized_segments) = (Vec::new(), Vec::new());
         for (seq, ptrs) in &by_segment {
             let mut wanted: Vec<Range<u64>> = ptrs.iter().map(FramePtr::range).collect();
             if self.known_cipher(*seq).is_none() {
                 wanted.push(HEADER_RANGE);
             }
-            requests.extend(coalesce(wanted).into_iter().map(|range| (*seq, range)));
+            let mut planned = coalesce(wanted);
+            if self.limits.disk_cache_bytes > 0 && self.ahead.extend(*seq, &mut planned) {
+                unsized_segments.push(*seq);
+            }
+            requests.extend(planned.into_iter().map(|range| (*seq, range)));
         }
-        let pieces: Vec<(Seq, u64, Bytes)> = futures::stream::iter(requests)
+        let learn = unsized_segments.into_iter().map(|seq| async move {
+            // Only reading ahead wants it: no size, no reading ahead.
+            if let Ok((_, size)) = store.get_suffix(&segment_name(seq), 1).await {
+                self.ahead.learned(seq, size);
+            }
+        });
+        let learn = futures::future::join_all(learn);
+        let pieces = futures::stream::iter(requests)
             .map(|(seq, range)| async move {
                 let start = range.start;
                 let bytes = store.get_range(&segment_name(seq), range).await?;
                 Ok::<_, Error>((seq, start, bytes))
             })
             .buffer_unordered(REQUESTS_IN_FLIGHT)
-            .try_collect()
-            .await?;
+            .try_collect::<Vec<(Seq, u64, Bytes)>>();
+        let (pieces, _) = futures::join!(pieces, learn);
+        let pieces = pieces?;
         let mut of_segment: HashMap<Seq, Vec<(u64, Bytes)>> = HashMap::new();
         for (seq, start, bytes) in pieces {
             of_segment.entry(seq).or_default().push((start, bytes));
