@@ -1,5 +1,5 @@
 //! The index of a closed segment: which frames and commits lie where. It is sealed as the segment's last frame.
-//! No I/O (`docs/format.md`, Index).
+//! No I/O (`docs/format.md`, Index frame).
 //! Invariant: the frames of an index that was decoded lie end to end between the header and the index, and every
 //! commit's parts are delta frames among them.
 
