@@ -43,6 +43,8 @@ pub trait Shipping: Send + Sync {
     fn checkpoint(&self, checkpoint: super::CheckpointOutcome) -> log::Result<()>;
     /// The newest tree no longer refers to this frame (a hint).
     fn dead(&self, ptr: FramePtr);
+    /// Waits a moment for the disk to get room; false when the volume is being closed and nothing is waited for.
+    fn pause(&self) -> bool;
     /// The newest segment that the store is known to hold with all before it.
     fn stored(&self) -> Seq;
     /// Brings frames here; waits for the network, within a bound.
@@ -165,7 +167,9 @@ impl Committer {
         } else if todo.close {
             self.close()?;
         }
-        if todo.checkpoint && !self.checkpointer.busy() {
+        // The last commit may be the first thing that a checkpoint has to take.
+        let at_end = todo.stop && self.checkpointer.anything_new(&self.fs.state.lock());
+        if (todo.checkpoint || at_end) && !self.checkpointer.busy() {
             self.freeze(todo.stop)?;
         }
         Ok(())
@@ -269,15 +273,28 @@ impl Committer {
 
     /// Appends a frame; closes the segment when it has grown large enough.
     fn append(&mut self, kind: FrameKind, plain: &[u8]) -> log::Result<FramePtr> {
-        let mut log = self.log.lock();
-        let ptr = log.append(kind, plain)?;
-        if log.open_len() >= self.fs.settings.segment_size {
-            let closed = log.close()?;
-            drop(log);
-            self.closed = self.committed;
-            self.ship(closed);
+        let ptr = self.with_room(|log| log.append(kind, plain))?;
+        if self.log.lock().open_len() >= self.fs.settings.segment_size {
+            self.close()?;
         }
         Ok(ptr)
+    }
+
+    /// Does something with the log; while the disk has no room, tells the writers so and tries again. Nothing that
+    /// was taken for a commit is given up for a full disk.
+    fn with_room<T>(&self, mut op: impl FnMut(&mut LogWriter) -> log::Result<T>) -> log::Result<T> {
+        loop {
+            match op(&mut self.log.lock()) {
+                Err(e) if e.is_no_space() => {
+                    self.fs.set_no_space(true);
+                    ::log::error!("a commit waits for room on the spool's disk: {e}");
+                    if !self.shipping.pause() {
+                        return Err(e);
+                    }
+                }
+                other => return other,
+            }
+        }
     }
 
     /// One commit: everything changed so far, as one step of the whole tree.
@@ -310,17 +327,11 @@ impl Committer {
             inodes: taken.inodes,
         };
         let parts = delta::encode(&counters, merged(&taken.meta, &changes));
-        let segment = {
-            let mut log = self.log.lock();
-            log.set_stored(self.shipping.stored());
-            log.append_commit(taken.no, self.fs.env.clock.now(), &parts)?;
-            if close || log.open_len() >= self.fs.settings.segment_size {
-                log.close()?
-            } else {
-                log.sync()?;
-                None
-            }
-        };
+        let time = self.fs.env.clock.now();
+        self.log.lock().set_stored(self.shipping.stored());
+        self.with_room(|log| log.append_commit(taken.no, time, &parts))?;
+        let close = close || self.log.lock().open_len() >= self.fs.settings.segment_size;
+        let segment = self.with_room(|log| if close { log.close() } else { log.sync().map(|()| None) })?;
         drop(parts);
         self.committed = taken.no;
         self.counters = counters;
@@ -399,7 +410,7 @@ impl Committer {
     }
 
     fn close(&mut self) -> log::Result<()> {
-        let segment = self.log.lock().close()?;
+        let segment = self.with_room(LogWriter::close)?;
         self.closed = self.committed;
         self.ship(segment);
         Ok(())

@@ -160,7 +160,7 @@ impl Fs {
         self.state.lock().no_space = full;
     }
 
-    /// Latches the file system: every later change and fsync fails with EIO, reads go on.
+    /// Latches the file system: every later change fails with EROFS and every fsync with EIO; reads go on.
     pub fn fail(&self, reason: &str) {
         let mut state = self.state.lock();
         if state.failed.is_none() {

@@ -130,8 +130,10 @@ impl Fs {
             return os(libc::EEXIST);
         }
         tx.add_entry(dir, name, ino, kind)?;
+        let inode = tx.inode(ino)?.clone();
+        let attr = self.attr_of(&mut tx.st, ino, inode)?; // may want frames: before anything is changed
         tx.apply();
-        self.getattr(ino)
+        Ok(attr)
     }
 
     /// Removes a name of something that is not a directory.
