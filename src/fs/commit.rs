@@ -367,7 +367,7 @@ impl Committer {
             dirty,
             first_new,
             base,
-            tree: state.tree.clone(),
+            tree: state.tree,
             next_ino: state.next_ino,
             inodes: state.inodes,
         })
@@ -435,7 +435,7 @@ impl Committer {
         let (levels, tree) = {
             let mut state = self.fs.state.lock();
             state.levels.iter_mut().for_each(|level| level.frozen = true);
-            (state.levels.iter().map(|l| l.delta.clone()).collect::<Vec<_>>(), state.tree.clone())
+            (state.levels.iter().map(|l| l.delta.clone()).collect::<Vec<_>>(), state.tree)
         };
         let frozen = Frozen {
             levels,

@@ -356,11 +356,12 @@ impl Tx<'_> {
     ) -> Result<()> {
         if let Some(target) = target {
             match (source.kind, target.kind) {
-                (FileType::Directory, FileType::Directory) => {
-                    if *dir_mut(self.inode(target.ino)?)?.entries > 0 {
-                        return os(libc::ENOTEMPTY);
-                    }
+                (FileType::Directory, FileType::Directory)
+                    if *dir_mut(self.inode(target.ino)?)?.entries > 0 =>
+                {
+                    return os(libc::ENOTEMPTY);
                 }
+                (FileType::Directory, FileType::Directory) => {}
                 (FileType::Directory, _) => return os(libc::ENOTDIR),
                 (_, FileType::Directory) => return os(libc::EISDIR),
                 _ => {}
