@@ -9,13 +9,14 @@
 //! | `namespace` | names: lookup, create, link, unlink, rename, readdir |
 //! | `data` | read, write, truncate, holes, shared copies |
 //! | `dirty` | written bytes not in the log yet |
-//! | `commit` | the committer: from memory to the log |
+//! | `commit`, `edit` | the committer: from memory to the log, and what it changes in extents |
 //! | `checkpoint` | from the log's deltas to the tree |
 
 mod checkpoint;
 mod commit;
 mod data;
 mod dirty;
+mod edit;
 mod error;
 mod extents;
 mod inode;
