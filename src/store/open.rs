@@ -17,8 +17,8 @@ use std::time::Duration;
 const FORMS: &str =
     "use file:///directory, /directory, s3://bucket/prefix, az://container/prefix or gs://bucket/prefix";
 const CONNECT_TIMEOUT: &str = "5s";
-/// Longer than the store adapter's own bounds, which know how much a request moves.
-const CLIENT_TIMEOUT: &str = "3600s";
+/// Longer than the store adapter's own bounds, which know how much a request moves, for the largest of bodies.
+const CLIENT_TIMEOUT: &str = "200000s";
 
 /// Opens the store at `url`: `file:///directory` or an absolute path, `s3://bucket/prefix`, `az://container/prefix`,
 /// `gs://bucket/prefix`. The environment (`AWS_*`, `AZURE_*`, `GOOGLE_*`) says how to reach it, and `options` override
