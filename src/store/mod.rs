@@ -8,7 +8,7 @@ pub mod open;
 pub mod remote;
 pub mod retry;
 
-pub use open::open;
+pub use open::{open, open_existing};
 
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
