@@ -7,7 +7,7 @@ use embassyfs::store::fault::{FaultStore, Faults};
 use embassyfs::store::local::LocalStore;
 use embassyfs::store::memory::MemoryStore;
 use embassyfs::store::retry::{RetryPolicy, RetryStore};
-use embassyfs::store::{ObjectInfo, Store, StoreError, open};
+use embassyfs::store::{ObjectInfo, Store, StoreError, open, reachable};
 use embassyfs::types::hex;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -164,12 +164,45 @@ async fn racing(store: &Arc<dyn Store>, kind: Kind) {
     }
 }
 
+/// A file is put as its bytes are: the same object, the same answer when the name is taken.
+async fn files(store: &dyn Store, kind: Kind) {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let path = dir.path().join("source");
+    for (n, len) in [0, 1, 70_000, (3 << 20) + 1].into_iter().enumerate() {
+        let body = bytes(len, n as u8);
+        std::fs::write(&path, &body).expect("write");
+        let name = format!("file/{n}");
+        store.put_file(&name, &path).await.expect("put of a file");
+        let (there, size) = store.get_suffix(&name, 1 << 40).await.expect("read back");
+        assert!(size == len as u64 && there == body, "{len} bytes");
+        let again = store.put_file(&name, &path).await;
+        let taken = matches!(again, Err(StoreError::AlreadyExists { .. }));
+        assert!(taken || (kind == Kind::Retrying && again.is_ok()), "{again:?}");
+        std::fs::write(&path, bytes(len + 1, 9)).expect("write");
+        let other = store.put_file(&name, &path).await;
+        assert!(matches!(other, Err(StoreError::AlreadyExists { .. })), "{other:?}");
+        let (there, _) = store.get_suffix(&name, 1 << 40).await.expect("read back");
+        assert!(there == body, "a put never changes what is there");
+        store.delete(&name).await.expect("delete");
+    }
+    let missing = store.put_file("file/x", &dir.path().join("missing")).await;
+    assert!(matches!(missing, Err(StoreError::Denied { .. })), "{missing:?}");
+    let bad = store.put_file("../x", &path).await;
+    assert!(matches!(bad, Err(StoreError::Denied { .. })), "{bad:?}");
+    assert!(store.list("file/", None, 9).await.expect("list").is_empty());
+}
+
 async fn suite(store: Arc<dyn Store>, kind: Kind) {
+    // A volume begins so, and a directory takes nothing else before.
+    store.put_new("probe/1", bytes(9, 0)).await.expect("trial");
+    store.delete("probe/1").await.expect("delete");
+    reachable(&*store, Duration::from_secs(300)).await.expect("it is there");
     put_and_get(&*store, kind).await;
     what_is_missing(&*store, kind).await;
     bad_names(&*store).await;
     small_objects(&*store).await;
     listing(&*store).await;
+    files(&*store, kind).await;
     racing(&store, kind).await;
 }
 

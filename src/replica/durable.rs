@@ -113,6 +113,9 @@ pub struct Snapshot {
 /// Called with the answer, once.
 pub type Callback = Box<dyn FnOnce(Result<(), WaitError>) + Send>;
 
+/// Called with the reason of a fence, once.
+pub type FenceHook = Box<dyn FnOnce(&str) + Send>;
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Goal {
     /// Durable at the volume's level.
@@ -143,9 +146,16 @@ struct State {
     marks: VecDeque<Mark>,
     last_error: Option<String>,
     fallbacks: u64,
-    fenced: Option<String>,
+    fenced: Option<Fence>,
+    fence_hooks: Vec<FenceHook>,
     latched: Option<String>,
     waiters: Vec<Waiter>,
+}
+
+struct Fence {
+    reason: String,
+    /// Newest commit that was durable on the local disk by then: the last that `local` may acknowledge.
+    local: CommitNo,
 }
 
 /// See the module. Shared by the committer, the uploader, those who wait, and the status.
@@ -183,6 +193,7 @@ impl Durable {
             last_error: None,
             fallbacks: 0,
             fenced: None,
+            fence_hooks: Vec::new(),
             latched: None,
             waiters: Vec::new(),
         };
@@ -208,7 +219,7 @@ impl Durable {
 
     /// Why the writer is fenced, if it is.
     pub fn fenced(&self) -> Option<String> {
-        self.state.lock().fenced.clone()
+        self.state.lock().fence_reason()
     }
 
     /// The newest segment that is in the embassy with all before it.
@@ -231,7 +242,7 @@ impl Durable {
             lag: state.lag(now),
             last_error: state.last_error.clone(),
             fallbacks: state.fallbacks,
-            fenced: state.fenced.clone(),
+            fenced: state.fence_reason(),
             latched: state.latched.clone(),
             waiters: state.waiters.len(),
         }
@@ -290,14 +301,35 @@ impl Durable {
         self.state.lock().last_error = Some(message);
     }
 
-    /// Another writer owns the chain: nothing more will become durable in the embassy. The first reason stays.
+    /// Another writer owns the chain: nothing more will become durable in the embassy. The first reason stays. The
+    /// hooks run before this answers those who wait, so that who is told finds the writer stopped.
     pub fn fence(&self, reason: String) {
-        self.change(|state| {
-            if state.fenced.is_none() {
-                error!("{reason}");
-                state.fenced = Some(reason);
+        let hooks = {
+            let mut state = self.state.lock();
+            if state.fenced.is_some() {
+                return;
             }
-        });
+            error!("{reason}");
+            state.fenced = Some(Fence { reason: reason.clone(), local: state.at.local });
+            std::mem::take(&mut state.fence_hooks)
+        };
+        for hook in hooks {
+            hook(&reason);
+        }
+        self.change(|_| ());
+    }
+
+    /// Calls `hook` with the reason when the writer is fenced, outside the account's lock, once; before this returns
+    /// if it is fenced already.
+    pub fn on_fence(&self, hook: FenceHook) {
+        let reason = {
+            let mut state = self.state.lock();
+            match state.fence_reason() {
+                Some(reason) => reason,
+                None => return state.fence_hooks.push(hook),
+            }
+        };
+        hook(&reason);
     }
 
     /// The local log failed: nothing more will become durable at home. What is already there can still be sent.
@@ -312,6 +344,10 @@ impl Durable {
 
     /// Calls `callback` when `commit` is durable at the volume's level, or cannot be. It may be called before this
     /// returns, on this thread.
+    ///
+    /// After a fence `strict` and `available` fail for what the embassy does not hold. `local` promised the local disk
+    /// only, so it answers `Ok` also for what that held when the fence came, and the state directory keeps it; what
+    /// reaches the disk later is written by a writer that should have stopped, and fails.
     pub fn wait(&self, commit: CommitNo, callback: Callback) {
         self.enlist(commit, Goal::Level, self.sync_timeout, callback);
     }
@@ -420,12 +456,13 @@ impl Durable {
                 Protection::Available => !state.in_sync && state.fenced.is_none(),
                 Protection::Local => true,
             };
-        let reached = if local_suffices { state.at.local.max(state.at.remote) } else { state.at.remote };
+        let local = state.fenced.as_ref().map_or(state.at.local, |fence| fence.local);
+        let reached = if local_suffices { local.max(state.at.remote) } else { state.at.remote };
         if reached >= waiter.commit {
             return Some(Ok(()));
         }
-        if let Some(reason) = &state.fenced {
-            return Some(Err(WaitError::Failed(reason.clone())));
+        if let Some(fence) = &state.fenced {
+            return Some(Err(WaitError::Failed(fence.reason.clone())));
         }
         match &state.latched {
             Some(reason) if waiter.commit > state.at.local => {
@@ -440,6 +477,10 @@ impl Durable {
 }
 
 impl State {
+    fn fence_reason(&self) -> Option<String> {
+        self.fenced.as_ref().map(|fence| fence.reason.clone())
+    }
+
     fn lag(&self, now: Duration) -> Duration {
         self.marks.front().map_or(Duration::ZERO, |mark| now.saturating_sub(mark.since))
     }

@@ -6,7 +6,7 @@ use super::durable::Durable;
 use crate::clock::Env;
 use crate::log::ClosedSegment;
 use crate::store::retry::{Backoff, COMPARE_SUFFIX};
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, file_suffix};
 use crate::types::Seq;
 use ::log::{error, info, warn};
 use bytes::Bytes;
@@ -91,7 +91,8 @@ enum Failure {
 }
 
 impl Uploader {
-    /// Starts on the runtime, with at most `in_flight` segments (and so as many bodies in memory) at a time.
+    /// Starts on the runtime, with at most `in_flight` segments at a time (and so as many bodies in memory, if the store
+    /// needs them there).
     pub fn start(
         handle: tokio::runtime::Handle,
         store: Arc<dyn Store>,
@@ -276,17 +277,19 @@ impl Shared {
     }
 
     async fn attempt(&self, name: &str, segment: &ClosedSegment) -> Result<(), Failure> {
-        let body = read_spool(segment).await.map_err(Failure::Stuck)?;
-        match self.store.put_new(name, body.clone()).await {
+        // Looked at before each attempt: what is in the spool now must be the segment that was closed.
+        spool_tail(name, segment, 0).await?;
+        match self.store.put_file(name, &segment.path).await {
             Ok(()) => Ok(()),
-            Err(StoreError::AlreadyExists { .. }) => self.compare(name, segment, &body).await,
+            Err(StoreError::AlreadyExists { .. }) => self.compare(name, segment).await,
             Err(error) => Err(failure(error)),
         }
     }
 
     /// The name is taken: by an earlier attempt of ours whose answer was lost, or by another writer. A fence is for
     /// good, so two readings must agree on what is there: one may have been damaged on its way.
-    async fn compare(&self, name: &str, segment: &ClosedSegment, body: &Bytes) -> Result<(), Failure> {
+    async fn compare(&self, name: &str, segment: &ClosedSegment) -> Result<(), Failure> {
+        let ours = spool_tail(name, segment, COMPARE_SUFFIX).await?;
         let mut seen = None;
         loop {
             let (tail, size) = match self.store.get_suffix(name, COMPARE_SUFFIX).await {
@@ -297,7 +300,7 @@ impl Shared {
                 }
                 Err(error) => return Err(failure(error)),
             };
-            if size == body.len() as u64 && body.ends_with(&tail) {
+            if size == segment.len && tail == ours {
                 return Ok(());
             }
             let found = (tail, size);
@@ -320,18 +323,15 @@ impl Shared {
     }
 }
 
-async fn read_spool(segment: &ClosedSegment) -> Result<Bytes, String> {
-    let path = segment.path.clone();
-    let shown = segment.path.display();
-    let data = match tokio::task::spawn_blocking(move || std::fs::read(path)).await {
-        Ok(Ok(data)) => data,
-        Ok(Err(error)) => return Err(format!("cannot read {shown} to send it: {error}")),
-        Err(error) => return Err(format!("cannot read {shown} to send it: {error}")),
-    };
-    if data.len() as u64 != segment.len {
-        return Err(format!("{shown} has {} bytes instead of {}; it is not sent", data.len(), segment.len));
+/// The last `len` bytes of the segment in the spool, if it is as long as it was when it was closed.
+async fn spool_tail(name: &str, segment: &ClosedSegment, len: u64) -> Result<Bytes, Failure> {
+    let (tail, size) = file_suffix(name, &segment.path, len).await.map_err(failure)?;
+    if size != segment.len {
+        let shown = segment.path.display();
+        let message = format!("{shown} has {size} bytes instead of {}; it is not sent", segment.len);
+        return Err(Failure::Stuck(message));
     }
-    Ok(data.into())
+    Ok(tail)
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
 use parking_lot::Mutex;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -122,6 +123,12 @@ impl Store for FaultStore {
         let name = name.to_owned();
         // Lazily, so that a lost request has had no effect.
         async move { self.through(&name, async { self.inner.put_new(&name, body).await }.boxed()).await }
+            .boxed()
+    }
+
+    fn put_file(&self, name: &str, path: &Path) -> BoxFuture<'_, Result<(), StoreError>> {
+        let (name, path) = (name.to_owned(), path.to_owned());
+        async move { self.through(&name, async { self.inner.put_file(&name, &path).await }.boxed()).await }
             .boxed()
     }
 

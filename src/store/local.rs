@@ -1,8 +1,9 @@
 //! A bucket in a directory (`file:///dir`): a disk at hand, a mounted share, or a second site's volume.
 //! Invariant: an object appears under its name whole, durable and once. It is written and synced under `.tmp`, then
 //! linked (link(2) fails if the name is taken, also between hosts on one share), then its directory is synced.
+//! Nothing is answered from, and nothing put into, what shows under the directory's path while its share is away.
 
-use super::{ObjectInfo, Store, StoreError, check_name, check_range};
+use super::{ObjectInfo, Store, StoreError, check_name, check_range, unreadable};
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
 use parking_lot::Mutex;
@@ -10,6 +11,7 @@ use std::collections::{BinaryHeap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,6 +22,13 @@ const TEMP_DIR: &str = ".tmp";
 /// A temporary file that nobody has written for this long belongs to a process that died.
 const TEMP_AGE_MAX: Duration = Duration::from_secs(24 * 3600);
 
+/// The object by which a directory is known to be the volume's; the first that stays in it.
+const SUPERBLOCK: &str = "volume.json";
+/// What `init` puts to try the store out, before there is a superblock.
+const PROBE: &str = "probe/";
+/// A larger superblock is not kept to know the directory by.
+const SUPERBLOCK_LEN_MAX: u64 = 1 << 20;
+
 /// See the module.
 pub struct LocalStore {
     shared: Arc<Shared>,
@@ -27,40 +36,104 @@ pub struct LocalStore {
 
 struct Shared {
     root: PathBuf,
+    /// The volume has been made: a root that is missing is away, not empty.
+    existing: bool,
+    /// The root as it was first seen to be the volume's.
+    known: Mutex<Option<Arc<Known>>>,
     /// Directories whose own entry is known to be durable.
-    known: Mutex<HashSet<PathBuf>>,
+    made: Mutex<HashSet<PathBuf>>,
     serial: AtomicU64,
     swept: AtomicBool,
 }
 
+/// By what the root is known again.
+struct Known {
+    /// Device and inode.
+    id: (u64, u64),
+    /// The superblock, if it was there. A share that was mounted anew may have another device number.
+    superblock: Option<Vec<u8>>,
+}
+
+/// What is about to be done below the root.
+#[derive(Clone, Copy, PartialEq)]
+enum Access {
+    /// Changes nothing, or only takes away.
+    Read,
+    /// Puts an object of a volume that was made before.
+    Put,
+    /// Puts what a volume begins with; only this makes the root.
+    FirstPut,
+}
+
 impl LocalStore {
-    /// The store in `root`, which is created by the first put if it is missing.
+    /// The store in `root`. If that is missing it reads as empty, and is created when a volume's first object is put:
+    /// `volume.json`, or what `init` tries the store with.
     pub fn new(root: impl Into<PathBuf>) -> LocalStore {
+        LocalStore::with(root.into(), false)
+    }
+
+    /// The store in `root`, where a volume has been made before: while `root` is missing everything is `Unavailable`.
+    pub fn existing(root: impl Into<PathBuf>) -> LocalStore {
+        LocalStore::with(root.into(), true)
+    }
+
+    fn with(root: PathBuf, existing: bool) -> LocalStore {
         let shared = Shared {
-            root: root.into(),
+            root,
+            existing,
             known: Mutex::default(),
+            made: Mutex::default(),
             serial: AtomicU64::new(0),
             swept: AtomicBool::new(false),
         };
         LocalStore { shared: Arc::new(shared) }
     }
 
-    /// Runs blocking I/O off the runtime's own threads. It goes on to its end if the caller drops the future.
+    /// Runs blocking I/O off the runtime's own threads, below a root that is known before and after. It goes on to its
+    /// end if the caller drops the future.
     fn run<T: Send + 'static>(
         &self,
         name: &str,
+        access: Access,
         work: impl FnOnce(&Shared, &str) -> Result<T, StoreError> + Send + 'static,
     ) -> BoxFuture<'_, Result<T, StoreError>> {
         let (shared, name) = (self.shared.clone(), name.to_owned());
         async move {
             let task_name = name.clone();
-            match tokio::task::spawn_blocking(move || work(&shared, &task_name)).await {
+            let task = move || {
+                shared.check_root(&task_name, access)?;
+                let answer = work(&shared, &task_name);
+                if matches!(answer, Ok(_) | Err(StoreError::NotFound { .. })) {
+                    // The share may have gone meanwhile; then it was not the volume that answered.
+                    shared.check_root(&task_name, access)?;
+                }
+                answer
+            };
+            match tokio::task::spawn_blocking(task).await {
                 Ok(answer) => answer,
                 Err(error) => Err(StoreError::unavailable(&name, error)),
             }
         }
         .boxed()
     }
+}
+
+/// Why a temporary file could not be filled.
+enum Unfilled {
+    /// What was to be put is at fault.
+    Source(StoreError),
+    Io(io::Error),
+}
+
+impl From<io::Error> for Unfilled {
+    fn from(error: io::Error) -> Unfilled {
+        Unfilled::Io(error)
+    }
+}
+
+/// What putting `name` is.
+fn access_of(name: &str) -> Access {
+    if name == SUPERBLOCK || name.starts_with(PROBE) { Access::FirstPut } else { Access::Put }
 }
 
 /// What an I/O error on `path` means for the object `name`.
@@ -82,20 +155,89 @@ impl Shared {
         Ok(self.root.join(name))
     }
 
+    /// Refuses when the root is not the directory that was seen to be the volume's. Without this, puts would go to the
+    /// disk below a share that was unmounted, and be called durable in the embassy.
+    fn check_root(&self, name: &str, access: Access) -> Result<(), StoreError> {
+        let known = self.known.lock().clone();
+        let id = match fs::metadata(&self.root) {
+            Ok(meta) if meta.is_dir() => (meta.dev(), meta.ino()),
+            Err(e) if !matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                return Err(refused(name, &self.root, &e));
+            }
+            _ => {
+                let may_be_new = access == Access::FirstPut || (access == Access::Read && !self.existing);
+                return match known {
+                    None if may_be_new => Ok(()),
+                    _ => Err(self.away(name, "is not there")),
+                };
+            }
+        };
+        if known.as_ref().is_some_and(|known| known.id == id) {
+            return Ok(());
+        }
+        let superblock = self.superblock().map_err(|e| refused(name, &self.root, &e))?;
+        match &known {
+            Some(known) if superblock.is_none() || known.superblock != superblock => {
+                return Err(self.away(name, "is another directory than before"));
+            }
+            None if superblock.is_none() && access != Access::FirstPut => {
+                return match access {
+                    Access::Read => Ok(()),
+                    _ => Err(self.away(name, "holds no volume.json")),
+                };
+            }
+            _ => (),
+        }
+        *self.known.lock() = Some(Arc::new(Known { id, superblock }));
+        self.made.lock().clear();
+        Ok(())
+    }
+
+    fn superblock(&self) -> io::Result<Option<Vec<u8>>> {
+        let file = match File::open(self.root.join(SUPERBLOCK)) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            file => file?,
+        };
+        let mut superblock = Vec::new();
+        file.take(SUPERBLOCK_LEN_MAX).read_to_end(&mut superblock)?;
+        Ok(Some(superblock))
+    }
+
+    fn away(&self, name: &str, what: &str) -> StoreError {
+        let root = self.root.display();
+        StoreError::unavailable(
+            name,
+            format!("the directory {root} {what}; is what it lies on still mounted?"),
+        )
+    }
+
     /// Makes `dir` and what is missing above it, durably. Once per process also for a directory that is there: who
     /// made it may have died before it was durable.
-    fn make_dir(&self, dir: &Path) -> io::Result<()> {
-        if self.known.lock().contains(dir) {
+    fn make_root(&self, dir: &Path) -> io::Result<()> {
+        if self.made.lock().contains(dir) {
             return Ok(());
         }
         match fs::create_dir(dir) {
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 let parent = dir.parent().ok_or(error)?;
-                self.make_dir(parent)?;
+                self.make_root(parent)?;
                 fs::create_dir(dir).or_else(ignore_existing)?;
             }
             answer => answer.or_else(ignore_existing)?,
         }
+        self.entry_durable(dir)
+    }
+
+    /// The same for a directory in the root; never makes the root.
+    fn make_dir(&self, dir: &Path) -> io::Result<()> {
+        if dir == self.root || self.made.lock().contains(dir) {
+            return Ok(());
+        }
+        fs::create_dir(dir).or_else(ignore_existing)?;
+        self.entry_durable(dir)
+    }
+
+    fn entry_durable(&self, dir: &Path) -> io::Result<()> {
         if let Some(parent) = dir.parent() {
             match sync_dir(parent) {
                 // A parent that may be searched but not read (a share's root) cannot be synced by us.
@@ -103,21 +245,33 @@ impl Shared {
                 _ => (),
             }
         }
-        self.known.lock().insert(dir.to_owned());
+        self.made.lock().insert(dir.to_owned());
         Ok(())
     }
 
-    fn put_new(&self, name: &str, body: &[u8]) -> Result<(), StoreError> {
+    /// Puts what `fill` writes.
+    fn put(
+        &self,
+        name: &str,
+        fill: impl FnOnce(&mut File) -> Result<(), Unfilled>,
+    ) -> Result<(), StoreError> {
         let path = self.path(name)?;
         let dir = path.parent().unwrap_or(&self.root);
         let temps = self.root.join(TEMP_DIR);
+        if access_of(name) == Access::FirstPut {
+            self.make_root(&self.root).map_err(|e| refused(name, &self.root, &e))?;
+        }
         self.make_dir(dir).map_err(|e| refused(name, dir, &e))?;
         if path.exists() {
             return self.taken(name, dir);
         }
         self.make_dir(&temps).map_err(|e| refused(name, &temps, &e))?;
-        let (temp, file) = self.create_temp(&temps).map_err(|e| refused(name, &temps, &e))?;
-        let written = write_durably(file, body).map_err(|e| refused(name, &temp, &e));
+        let (temp, mut file) = self.create_temp(&temps).map_err(|e| refused(name, &temps, &e))?;
+        let written =
+            fill(&mut file).and_then(|()| Ok(file.sync_all()?)).map_err(|unfilled| match unfilled {
+                Unfilled::Source(error) => error,
+                Unfilled::Io(error) => refused(name, &temp, &error),
+            });
         let linked = written.and_then(|()| match fs::hard_link(&temp, &path) {
             Ok(()) => sync_dir(dir).map_err(|e| refused(name, dir, &e)),
             Err(error) if error.kind() == ErrorKind::AlreadyExists => self.taken(name, dir),
@@ -127,6 +281,24 @@ impl Shared {
         // What is left behind by a failure here is swept another day.
         let _ = fs::remove_file(&temp);
         linked
+    }
+
+    fn put_new(&self, name: &str, body: &[u8]) -> Result<(), StoreError> {
+        self.put(name, |file| Ok(file.write_all(body)?))
+    }
+
+    /// The kernel copies the file, so that its contents are in nobody's memory (but the page cache).
+    fn put_file(&self, name: &str, path: &Path) -> Result<(), StoreError> {
+        check_name(name)?;
+        let opened = File::open(path).and_then(|file| file.metadata().map(|meta| (file, meta.len())));
+        let (mut source, size) = opened.map_err(|e| unreadable(name, path, &e))?;
+        self.put(name, |file| match io::copy(&mut source, file)? {
+            copied if copied == size => Ok(()),
+            copied => {
+                let error = io::Error::other(format!("{copied} bytes of {size} were copied"));
+                Err(Unfilled::Source(unreadable(name, path, &error)))
+            }
+        })
     }
 
     /// The name is taken. The caller may learn that the object is its own, so it must be durable by now: who linked
@@ -249,11 +421,6 @@ fn ignore_existing(error: io::Error) -> io::Result<()> {
     if error.kind() == ErrorKind::AlreadyExists { Ok(()) } else { Err(error) }
 }
 
-fn write_durably(mut file: File, body: &[u8]) -> io::Result<()> {
-    file.write_all(body)?;
-    file.sync_all()
-}
-
 fn read_exactly(file: &mut File, range: Range<u64>) -> io::Result<Bytes> {
     let len = range.end - range.start;
     let mut data = Vec::with_capacity(len as usize);
@@ -267,15 +434,20 @@ fn read_exactly(file: &mut File, range: Range<u64>) -> io::Result<Bytes> {
 
 impl Store for LocalStore {
     fn put_new(&self, name: &str, body: Bytes) -> BoxFuture<'_, Result<(), StoreError>> {
-        self.run(name, move |shared, name| shared.put_new(name, &body))
+        self.run(name, access_of(name), move |shared, name| shared.put_new(name, &body))
+    }
+
+    fn put_file(&self, name: &str, path: &Path) -> BoxFuture<'_, Result<(), StoreError>> {
+        let path = path.to_owned();
+        self.run(name, access_of(name), move |shared, name| shared.put_file(name, &path))
     }
 
     fn get_range(&self, name: &str, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, StoreError>> {
-        self.run(name, move |shared, name| shared.get_range(name, range))
+        self.run(name, Access::Read, move |shared, name| shared.get_range(name, range))
     }
 
     fn get_suffix(&self, name: &str, len: u64) -> BoxFuture<'_, Result<(Bytes, u64), StoreError>> {
-        self.run(name, move |shared, name| shared.get_suffix(name, len))
+        self.run(name, Access::Read, move |shared, name| shared.get_suffix(name, len))
     }
 
     fn list(
@@ -285,11 +457,11 @@ impl Store for LocalStore {
         limit: usize,
     ) -> BoxFuture<'_, Result<Vec<ObjectInfo>, StoreError>> {
         let after = after.map(str::to_owned);
-        self.run(prefix, move |shared, prefix| shared.list(prefix, after.as_deref(), limit))
+        self.run(prefix, Access::Read, move |shared, prefix| shared.list(prefix, after.as_deref(), limit))
     }
 
     fn delete(&self, name: &str) -> BoxFuture<'_, Result<(), StoreError>> {
-        self.run(name, |shared, name| shared.delete(name))
+        self.run(name, Access::Read, |shared, name| shared.delete(name))
     }
 
     fn describe(&self) -> String {
@@ -311,20 +483,81 @@ mod tests {
         old.set_modified(old.metadata().unwrap().modified().unwrap() - TEMP_AGE_MAX * 2).unwrap();
 
         let store = LocalStore::new(dir.path());
-        store.put_new("log/1", Bytes::from_static(b"x")).await.unwrap();
+        store.put_new("volume.json", Bytes::from_static(b"x")).await.unwrap();
         let listed = store.list("", None, 10).await.unwrap();
-        assert_eq!(listed, [ObjectInfo { name: "log/1".into(), size: 1 }]);
+        assert_eq!(listed, [ObjectInfo { name: "volume.json".into(), size: 1 }]);
         let left: Vec<_> = fs::read_dir(&temps).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(left, ["1-1"]);
     }
 
     #[tokio::test]
-    async fn a_missing_root_reads_as_empty_and_is_made_by_the_first_put() {
+    async fn a_missing_root_reads_as_empty_and_is_made_by_a_volumes_first_put() {
         let dir = tempfile::tempdir().unwrap();
         let store = LocalStore::new(dir.path().join("a/b"));
+        is_away(&store, "a/b is not there").await;
+        assert!(!dir.path().join("a").exists());
         assert!(store.list("log/", None, 9).await.unwrap().is_empty());
         assert!(matches!(store.get_suffix("volume.json", 1).await, Err(StoreError::NotFound { .. })));
         store.put_new("volume.json", Bytes::from_static(b"{}")).await.unwrap();
         assert_eq!(store.get_suffix("volume.json", 1).await.unwrap(), (Bytes::from_static(b"}"), 2));
+    }
+
+    const SEGMENT: &str = "log/0000000000000001";
+
+    /// Puts of segments are refused in words that name `what` and ask about the mount.
+    async fn is_away(store: &LocalStore, what: &str) {
+        let error = store.put_new(SEGMENT, Bytes::from_static(b"x")).await.unwrap_err();
+        let text = error.to_string();
+        assert!(error.is_transient() && text.contains(what) && text.contains("still mounted?"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn while_the_share_is_away_nothing_is_put_on_the_disk_below_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, aside) = (dir.path().join("share/store"), dir.path().join("aside"));
+        let store = LocalStore::new(&root);
+        store.put_new("volume.json", Bytes::from_static(b"{}")).await.unwrap();
+        drop(store);
+        let store = LocalStore::existing(&root);
+        assert_eq!(store.list("", None, 9).await.unwrap().len(), 1);
+        let source = dir.path().join("segment");
+        fs::write(&source, "x").unwrap();
+
+        fs::rename(&root, &aside).unwrap();
+        is_away(&store, "share/store is not there").await;
+        assert!(store.put_file(SEGMENT, &source).await.unwrap_err().is_transient());
+        assert!(store.put_new("volume.json", Bytes::new()).await.unwrap_err().is_transient());
+        assert!(store.get_suffix("volume.json", 1).await.unwrap_err().is_transient());
+        assert!(store.list("", None, 9).await.unwrap_err().is_transient());
+        assert!(!root.exists());
+
+        fs::create_dir(&root).unwrap();
+        is_away(&store, "another directory").await;
+        assert!(store.get_suffix("volume.json", 1).await.unwrap_err().is_transient(), "not: no such object");
+        fs::write(root.join("volume.json"), "[]").unwrap();
+        is_away(&store, "another directory").await;
+        assert_eq!(fs::read_dir(&root).unwrap().count(), 1);
+
+        // Mounted anew it may be another device, and is known by its superblock.
+        fs::remove_dir_all(&root).unwrap();
+        fs::create_dir(&root).unwrap();
+        fs::copy(aside.join("volume.json"), root.join("volume.json")).unwrap();
+        store.put_file(SEGMENT, &source).await.unwrap();
+        assert_eq!(store.get_suffix(SEGMENT, 9).await.unwrap().0, Bytes::from_static(b"x"));
+    }
+
+    #[tokio::test]
+    async fn a_store_that_was_away_from_the_start_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("store");
+        let store = LocalStore::existing(&root);
+        is_away(&store, "is not there").await;
+        assert!(store.get_suffix("volume.json", 1).await.unwrap_err().is_transient());
+        assert!(crate::store::reachable(&store, Duration::from_secs(10)).await.unwrap_err().is_transient());
+        fs::create_dir(&root).unwrap();
+        is_away(&store, "holds no volume.json").await;
+        fs::write(root.join("volume.json"), "{}").unwrap();
+        crate::store::reachable(&store, Duration::from_secs(10)).await.unwrap();
+        store.put_new(SEGMENT, Bytes::from_static(b"x")).await.unwrap();
     }
 }

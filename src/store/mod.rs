@@ -8,11 +8,20 @@ pub mod open;
 pub mod remote;
 pub mod retry;
 
-pub use open::open;
+pub use open::{open, open_existing};
 
 use bytes::Bytes;
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, FutureExt};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
+use std::path::Path;
+use std::time::Duration;
+
+/// The slowest link, for each of the requests that share it, on which a body still gets through.
+pub(crate) const SLOWEST_BYTES_PER_SECOND: u64 = 32 * 1024;
+/// How much of the transfer an entry of a listing is, in an answer of XML.
+pub(crate) const LISTED_BYTES: u64 = 400;
 
 /// Why a store did not do what was asked.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -102,6 +111,60 @@ pub(crate) fn check_range(name: &str, range: &Range<u64>, size: u64) -> Result<(
     Err(StoreError::denied(name, detail))
 }
 
+/// How long `bytes` may be under way, beside the time that any request may take.
+pub(crate) fn transfer_time(bytes: u64) -> Duration {
+    Duration::from_secs(bytes / SLOWEST_BYTES_PER_SECOND)
+}
+
+/// What a listing of at most `limit` objects moves.
+pub(crate) fn listing_bytes(limit: usize) -> u64 {
+    (limit as u64).saturating_mul(LISTED_BYTES).min(1 << 30)
+}
+
+/// Asks the store one cheap question and gives it `limit` to answer, whatever bounds the adapter has of its own: for
+/// callers that have many questions and something else to do when nobody answers. `Ok` says that the store answers,
+/// not that it holds a volume.
+pub async fn reachable(store: &dyn Store, limit: Duration) -> Result<(), StoreError> {
+    // Where `init` tries the store out: as good as empty, so that no store has much to look through.
+    match tokio::time::timeout(limit, store.list("probe/", None, 1)).await {
+        Ok(answer) => answer.map(drop),
+        Err(_) => {
+            let detail = format!("no answer within {} s", limit.as_secs_f64());
+            Err(StoreError::unavailable(&store.describe(), detail))
+        }
+    }
+}
+
+/// The last `len` bytes of the file to be put as `name` (all of it when it is shorter), and its size in bytes: what
+/// [`Store::get_suffix`] answers when the object is that file.
+pub(crate) async fn file_suffix(name: &str, path: &Path, len: u64) -> Result<(Bytes, u64), StoreError> {
+    let path = path.to_owned();
+    let task = tokio::task::spawn_blocking(move || {
+        let read = || {
+            let mut file = File::open(&path)?;
+            let size = file.metadata()?.len();
+            file.seek(SeekFrom::Start(size.saturating_sub(len)))?;
+            let mut data = Vec::with_capacity(len.min(size) as usize);
+            file.take(len).read_to_end(&mut data)?;
+            if data.len() as u64 != len.min(size) {
+                return Err(std::io::ErrorKind::UnexpectedEof.into());
+            }
+            Ok((Bytes::from(data), size))
+        };
+        read().map_err(|error| (path, error))
+    });
+    match task.await {
+        Ok(Ok(found)) => Ok(found),
+        Ok(Err((path, error))) => Err(unreadable(name, &path, &error)),
+        Err(error) => Err(StoreError::unavailable(name, error)),
+    }
+}
+
+/// The file to be put cannot be read: nothing the store can mend.
+pub(crate) fn unreadable(name: &str, path: &Path, error: &std::io::Error) -> StoreError {
+    StoreError::denied(name, format!("cannot read {} to send it: {error}", path.display()))
+}
+
 /// Name and size of an object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ObjectInfo {
@@ -119,6 +182,16 @@ pub trait Store: Send + Sync {
     /// Creates `name` with `body` if no object has that name; durable in the store when it returns `Ok`.
     /// Never overwrites, also when two race: exactly one wins, the other gets `AlreadyExists`.
     fn put_new(&self, name: &str, body: Bytes) -> BoxFuture<'_, Result<(), StoreError>>;
+    /// [`Store::put_new`] with the contents of the file at `path`, which nobody changes meanwhile. `Denied` when it
+    /// cannot be read. This default holds the contents in memory; a store that can do without does.
+    fn put_file(&self, name: &str, path: &Path) -> BoxFuture<'_, Result<(), StoreError>> {
+        let (name, path) = (name.to_owned(), path.to_owned());
+        async move {
+            let (body, _) = file_suffix(&name, &path, u64::MAX).await?;
+            self.put_new(&name, body).await
+        }
+        .boxed()
+    }
     /// Bytes `range` of the object: all of them or an error, never short data. `NotFound` when the object is missing,
     /// `Denied` when the range reaches past its end. An empty range only asks whether it would be met.
     fn get_range(&self, name: &str, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, StoreError>>;

@@ -11,28 +11,43 @@ use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 use object_store::{ClientConfigKey, ObjectStore, RetryConfig};
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 const FORMS: &str =
     "use file:///directory, /directory, s3://bucket/prefix, az://container/prefix or gs://bucket/prefix";
 const CONNECT_TIMEOUT: &str = "5s";
-/// Longer than the store adapter's own bounds, which know how much a request moves.
-const CLIENT_TIMEOUT: &str = "3600s";
+/// Longer than the store adapter's own bounds, which know how much a request moves, for the largest of bodies.
+const CLIENT_TIMEOUT: &str = "200000s";
 
 /// Opens the store at `url`: `file:///directory` or an absolute path, `s3://bucket/prefix`, `az://container/prefix`,
 /// `gs://bucket/prefix`. The environment (`AWS_*`, `AZURE_*`, `GOOGLE_*`) says how to reach it, and `options` override
 /// that, with the names that `object_store` knows: `endpoint`, `region`, `access_key_id`, `secret_access_key`,
 /// `allow_http`, `virtual_hosted_style_request`, `account_name`, `service_account`, ... Nothing is sent yet.
 pub fn open(url: &str, options: &BTreeMap<String, String>) -> Result<Arc<dyn Store>, StoreError> {
+    opened(url, options, LocalStore::new)
+}
+
+/// [`open`] for a store that is known to have been made: if it is a directory, and that is missing, every request is
+/// `Unavailable` (the share it lies on may not be mounted) instead of an answer from an empty store.
+pub fn open_existing(url: &str, options: &BTreeMap<String, String>) -> Result<Arc<dyn Store>, StoreError> {
+    opened(url, options, LocalStore::existing)
+}
+
+fn opened(
+    url: &str,
+    options: &BTreeMap<String, String>,
+    directory: fn(PathBuf) -> LocalStore,
+) -> Result<Arc<dyn Store>, StoreError> {
     let store: Arc<dyn Store> = match url.split_once("://") {
-        None if url.starts_with('/') => local(url, url, options)?,
+        None if url.starts_with('/') => Arc::new(directory(local(url, url, options)?)),
         Some(("file", rest)) => {
             let path = rest.strip_prefix("localhost").unwrap_or(rest);
             if !path.starts_with('/') {
                 return Err(bad_url(url));
             }
-            local(url, path, options)?
+            Arc::new(directory(local(url, path, options)?))
         }
         Some((scheme @ ("s3" | "az" | "gs"), rest)) => {
             let place = Place::parse(url, scheme, rest)?;
@@ -90,7 +105,7 @@ fn unknown_option(url: &str, key: &str) -> StoreError {
     StoreError::denied(url, format!("unknown store option `{key}`"))
 }
 
-fn local(url: &str, path: &str, options: &BTreeMap<String, String>) -> Result<Arc<dyn Store>, StoreError> {
+fn local(url: &str, path: &str, options: &BTreeMap<String, String>) -> Result<PathBuf, StoreError> {
     if let Some(key) = options.keys().next() {
         return Err(StoreError::denied(
             url,
@@ -98,7 +113,7 @@ fn local(url: &str, path: &str, options: &BTreeMap<String, String>) -> Result<Ar
         ));
     }
     let trimmed = path.trim_end_matches('/');
-    Ok(Arc::new(LocalStore::new(if trimmed.is_empty() { "/" } else { trimmed })))
+    Ok(PathBuf::from(if trimmed.is_empty() { "/" } else { trimmed }))
 }
 
 /// The options with the names as `object_store` spells them.

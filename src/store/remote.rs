@@ -2,7 +2,7 @@
 //! Invariant: an answer is passed on as known only if the store gave it. `object_store` does not repeat requests
 //! here, so that every ambiguous answer is seen by [`super::retry`], which reads back.
 
-use super::{ObjectInfo, Store, StoreError, check_name, check_range};
+use super::{ObjectInfo, Store, StoreError, check_name, check_range, listing_bytes, transfer_time};
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::future::{BoxFuture, FutureExt};
@@ -15,10 +15,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a request may take, not counting its body.
+/// How long a request may take; [`transfer_time`] is added for its body.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
-/// The slowest link on which a body still gets through: its time is added to [`REQUEST_TIMEOUT`].
-const SLOWEST_BYTES_PER_SECOND: u64 = 64 * 1024;
 /// The longest part of a store's words that is shown.
 const DETAIL_LEN_MAX: usize = 400;
 
@@ -217,7 +215,7 @@ impl GetError {
 
 /// Bounds a request that moves `body_len` bytes.
 async fn bounded<T>(name: &str, body_len: u64, request: impl Future<Output = T>) -> Result<T, StoreError> {
-    let limit = REQUEST_TIMEOUT + Duration::from_secs(body_len / SLOWEST_BYTES_PER_SECOND);
+    let limit = REQUEST_TIMEOUT + transfer_time(body_len);
     let late = |_| StoreError::unavailable(name, format!("no answer within {} s", limit.as_secs()));
     tokio::time::timeout(limit, request).await.map_err(late)
 }
@@ -321,9 +319,7 @@ impl Store for RemoteStore {
     ) -> BoxFuture<'_, Result<Vec<ObjectInfo>, StoreError>> {
         let (prefix, after) = (prefix.to_owned(), after.map(str::to_owned));
         async move {
-            // About 400 bytes of XML for each name.
-            let bytes = (limit as u64).saturating_mul(400).min(1 << 30);
-            bounded(&prefix, bytes, self.names(&prefix, after.as_deref(), limit)).await?
+            bounded(&prefix, listing_bytes(limit), self.names(&prefix, after.as_deref(), limit)).await?
         }
         .boxed()
     }

@@ -3,11 +3,12 @@
 //! its name taken is ours only if what is there has been read back and is the same. (Two writers of the same bytes may
 //! then both be told `Ok`; segments are never the same, for each has its own salt.)
 
-use super::{ObjectInfo, Store, StoreError};
+use super::{ObjectInfo, Store, StoreError, file_suffix, listing_bytes, transfer_time};
 use crate::clock::Env;
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -17,6 +18,8 @@ use tokio::time::Instant;
 /// segments share it; what is smaller than [`COMPARE_WHOLE_MAX`] is compared whole.
 pub const COMPARE_SUFFIX: u64 = 4096;
 const COMPARE_WHOLE_MAX: u64 = 64 * 1024;
+/// The largest answer that is given time to arrive; who asks for more asks for "all of it", which is less.
+const ANSWER_LEN_MAX: u64 = 4 << 30;
 
 /// The bounds of asking again.
 #[derive(Clone, Copy, Debug)]
@@ -25,7 +28,8 @@ pub struct RetryPolicy {
     pub first_delay: Duration,
     /// The longest pause.
     pub delay_max: Duration,
-    /// How long reads, lists and deletes may take in all; an attempt under way is cut off then.
+    /// No new attempt of a read, list or delete begins later than this, and an attempt under way is cut off then, but
+    /// not before the bytes that were asked for had time to arrive over the slowest of links.
     pub read_deadline: Duration,
     /// No new attempt of a put begins later than this. (An attempt under way is bounded by the adapter, by its size.)
     pub put_deadline: Duration,
@@ -63,6 +67,32 @@ impl Backoff {
         let half = nominal / 2;
         let share = f64::from(u32::from_le_bytes(env.random_bytes())) / f64::from(u32::MAX);
         half + half.mul_f64(share)
+    }
+}
+
+/// What a put puts.
+enum Source {
+    Bytes(Bytes),
+    File(PathBuf),
+}
+
+impl Source {
+    fn put<'a>(&self, store: &'a dyn Store, name: &str) -> BoxFuture<'a, Result<(), StoreError>> {
+        match self {
+            Source::Bytes(body) => store.put_new(name, body.clone()),
+            Source::File(path) => store.put_file(name, path),
+        }
+    }
+
+    /// Whether the object `name` is this. Its size and its end are compared, what is small whole.
+    async fn is_there(&self, store: &dyn Store, name: &str) -> Result<bool, StoreError> {
+        let (ours, len) = match self {
+            Source::Bytes(body) => (body.clone(), body.len() as u64),
+            Source::File(path) => file_suffix(name, path, COMPARE_WHOLE_MAX).await?,
+        };
+        let compared = if len <= COMPARE_WHOLE_MAX { len } else { COMPARE_SUFFIX };
+        let (tail, size) = store.get_suffix(name, compared.max(1)).await?;
+        Ok(size == len && ours.ends_with(&tail))
     }
 }
 
@@ -106,15 +136,18 @@ impl RetryStore {
         Ok(())
     }
 
+    /// `len`: how many bytes the answer may have.
     async fn read<'a, T>(
         &'a self,
         name: &str,
+        len: u64,
         mut request: impl FnMut() -> BoxFuture<'a, Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
         let deadline = Instant::now() + self.policy.read_deadline;
+        let cut_off = deadline + transfer_time(len.min(ANSWER_LEN_MAX));
         let mut backoff = self.backoff();
         for tries in 1.. {
-            let error = match tokio::time::timeout_at(deadline, request()).await {
+            let error = match tokio::time::timeout_at(cut_off, request()).await {
                 Ok(Err(error)) if error.is_transient() => error,
                 Ok(answer) => return answer,
                 Err(_) => StoreError::unavailable(name, "no answer in time"),
@@ -124,19 +157,23 @@ impl RetryStore {
         Err(StoreError::unavailable(name, "too many attempts"))
     }
 
-    async fn put(&self, name: &str, body: Bytes) -> Result<(), StoreError> {
+    async fn put(&self, name: &str, source: Source) -> Result<(), StoreError> {
         let deadline = Instant::now() + self.policy.put_deadline;
         let mut backoff = self.backoff();
         let mut ambiguous = false;
         for tries in 1.. {
-            let error = match self.inner.put_new(name, body.clone()).await {
-                Err(StoreError::AlreadyExists { .. }) if ambiguous => match self.is_ours(name, &body).await {
-                    Ok(true) => return Ok(()),
-                    Ok(false) => return Err(StoreError::already_exists(name)),
-                    // Gone again (a store may answer "conflict" before it has decided): as if nothing was known.
-                    Err(StoreError::NotFound { .. }) => StoreError::unavailable(name, "taken, but not there"),
-                    Err(error) => error,
-                },
+            let error = match source.put(&*self.inner, name).await {
+                Err(StoreError::AlreadyExists { .. }) if ambiguous => {
+                    match source.is_there(&*self.inner, name).await {
+                        Ok(true) => return Ok(()),
+                        Ok(false) => return Err(StoreError::already_exists(name)),
+                        // Gone again (a store may answer "conflict" before it has decided): as if nothing was known.
+                        Err(StoreError::NotFound { .. }) => {
+                            StoreError::unavailable(name, "taken, but not there")
+                        }
+                        Err(error) => error,
+                    }
+                }
                 Err(error) if error.is_transient() => {
                     ambiguous = true;
                     error
@@ -149,14 +186,6 @@ impl RetryStore {
             self.pause(&mut backoff, deadline, tries, error).await?;
         }
         Err(StoreError::unavailable(name, "too many attempts"))
-    }
-
-    /// Whether the object `name` is what `body` is.
-    async fn is_ours(&self, name: &str, body: &Bytes) -> Result<bool, StoreError> {
-        let len = body.len() as u64;
-        let compared = if len <= COMPARE_WHOLE_MAX { len } else { COMPARE_SUFFIX };
-        let (tail, size) = self.inner.get_suffix(name, compared.max(1)).await?;
-        Ok(size == len && body.ends_with(&tail))
     }
 }
 
@@ -172,17 +201,23 @@ fn given_up(error: StoreError, tries: u32) -> StoreError {
 impl Store for RetryStore {
     fn put_new(&self, name: &str, body: Bytes) -> BoxFuture<'_, Result<(), StoreError>> {
         let name = name.to_owned();
-        async move { self.put(&name, body).await }.boxed()
+        async move { self.put(&name, Source::Bytes(body)).await }.boxed()
+    }
+
+    fn put_file(&self, name: &str, path: &Path) -> BoxFuture<'_, Result<(), StoreError>> {
+        let (name, source) = (name.to_owned(), Source::File(path.to_owned()));
+        async move { self.put(&name, source).await }.boxed()
     }
 
     fn get_range(&self, name: &str, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, StoreError>> {
         let name = name.to_owned();
-        async move { self.read(&name, || self.inner.get_range(&name, range.clone())).await }.boxed()
+        let len = range.end.saturating_sub(range.start);
+        async move { self.read(&name, len, || self.inner.get_range(&name, range.clone())).await }.boxed()
     }
 
     fn get_suffix(&self, name: &str, len: u64) -> BoxFuture<'_, Result<(Bytes, u64), StoreError>> {
         let name = name.to_owned();
-        async move { self.read(&name, || self.inner.get_suffix(&name, len)).await }.boxed()
+        async move { self.read(&name, len, || self.inner.get_suffix(&name, len)).await }.boxed()
     }
 
     fn list(
@@ -192,12 +227,14 @@ impl Store for RetryStore {
         limit: usize,
     ) -> BoxFuture<'_, Result<Vec<ObjectInfo>, StoreError>> {
         let (prefix, after) = (prefix.to_owned(), after.map(str::to_owned));
-        async move { self.read(&prefix, || self.inner.list(&prefix, after.as_deref(), limit)).await }.boxed()
+        let len = listing_bytes(limit);
+        async move { self.read(&prefix, len, || self.inner.list(&prefix, after.as_deref(), limit)).await }
+            .boxed()
     }
 
     fn delete(&self, name: &str) -> BoxFuture<'_, Result<(), StoreError>> {
         let name = name.to_owned();
-        async move { self.read(&name, || self.inner.delete(&name)).await }.boxed()
+        async move { self.read(&name, 0, || self.inner.delete(&name)).await }.boxed()
     }
 
     fn describe(&self) -> String {
@@ -252,6 +289,45 @@ mod tests {
         let error = retry.get_suffix("volume.json", 1).await.unwrap_err();
         assert!(error.is_transient() && error.to_string().contains("gave up after"), "{error}");
         assert!(start.elapsed() <= RetryPolicy::default().read_deadline);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_large_answer_has_time_on_a_slow_link_and_silence_has_an_end() {
+        let (memory, fault, retry) = faulty(Faults::default());
+        memory.put_new("log/1", Bytes::from(vec![1; 4 << 20])).await.unwrap();
+        let delay_max = Duration::from_secs(150);
+        fault.set_faults(Faults { delays: 1000, delay_max, ..Faults::default() });
+        let start = Instant::now();
+        for _ in 0..20 {
+            assert_eq!(retry.get_range("log/1", 0..4 << 20).await.unwrap().len(), 4 << 20);
+        }
+        assert!(start.elapsed() > 20 * RetryPolicy::default().read_deadline);
+        assert_eq!(retry.retries(), 0);
+        fault.set_faults(Faults { delays: 1000, delay_max: Duration::MAX, ..Faults::default() });
+        let start = Instant::now();
+        retry.get_range("log/1", 0..4 << 20).await.unwrap_err();
+        assert!(start.elapsed() <= Duration::from_secs(159), "{:?}", start.elapsed());
+        let start = Instant::now();
+        super::super::reachable(&retry, Duration::from_secs(10)).await.unwrap_err();
+        assert!(start.elapsed() <= Duration::from_secs(11), "{:?}", start.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_file_whose_answer_was_lost_is_known_as_ours_and_anothers_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("segment");
+        let (_, fault, retry) = faulty(Faults { lost_answers: 600, ..Faults::default() });
+        for n in 0..30 {
+            std::fs::write(&path, vec![n; usize::from(n) * 5000]).unwrap();
+            retry.put_file(&format!("log/{n:04}"), &path).await.unwrap();
+        }
+        assert!(fault.injected() > 10);
+        let (memory, _, retry) = faulty(Faults { lost_answers: 500, ..Faults::default() });
+        memory.put_new("log/1", Bytes::from(vec![9; 29 * 5000])).await.unwrap();
+        for _ in 0..20 {
+            let answer = retry.put_file("log/1", &path).await;
+            assert!(!matches!(answer, Ok(())), "{answer:?}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -209,6 +209,36 @@ fn a_fence_while_out_of_sync_acknowledges_nothing_more() {
 }
 
 #[test]
+fn local_acknowledges_nothing_that_was_written_behind_a_fence() {
+    let rig = Rig::new(Protection::Local);
+    rig.local(1);
+    rig.durable.fence("taken".to_owned());
+    rig.local(2);
+    rig.wait(1);
+    rig.wait(2);
+    assert_eq!(rig.answered(), [(1, Ok(())), (2, Err(WaitError::Failed("taken".to_owned())))]);
+}
+
+#[test]
+fn a_fence_calls_its_hooks_once_before_any_waiter_and_outside_the_lock() {
+    let rig = Rig::new(Protection::Strict);
+    let hook = |mark: u64| -> FenceHook {
+        let (durable, answers) = (rig.durable.clone(), rig.answers.clone());
+        Box::new(move |reason| {
+            assert_eq!(durable.fenced().as_deref(), Some(reason));
+            answers.lock().push((mark, Ok(())));
+        })
+    };
+    rig.durable.on_fence(hook(100));
+    rig.wait(1);
+    rig.durable.fence("first".to_owned());
+    rig.durable.fence("second".to_owned());
+    assert_eq!(rig.answered(), [(100, Ok(())), (1, Err(WaitError::Failed("first".to_owned())))]);
+    rig.durable.on_fence(hook(101));
+    assert_eq!(rig.answered(), [(101, Ok(()))]);
+}
+
+#[test]
 fn a_latched_log_still_sends_what_it_holds() {
     let rig = Rig::new(Protection::Strict);
     rig.local(1);

@@ -268,6 +268,7 @@ async fn a_missing_spool_file_is_said_and_tried_again() {
 async fn a_stop_leaves_the_rest_to_the_next_start() {
     let rig = Rig::new(Protection::Local);
     let store: Arc<dyn Store> = Arc::new(LocalStore::new(rig.dir.path().join("store")));
+    store.put_new("volume.json", Bytes::from_static(b"{}")).await.unwrap();
     let first = rig.start(store.clone());
     first.stop();
     (1..=3).for_each(|n| rig.push(&first, n));
