@@ -276,6 +276,12 @@ impl Parts<'_> {
         }
         let fs = Arc::new(Fs::new(self.settings, env, self.reader.clone(), opened.recovery));
         watch_space(&fs, self.dir, self.runtime, self.options.dirty_max);
+        let latched = Arc::downgrade(&fs);
+        durable.on_fence(Box::new(move |reason| {
+            if let Some(fs) = latched.upgrade() {
+                fs.fail(reason);
+            }
+        }));
         let checkpointer = Checkpointer::new(fs.clone(), log.clone(), shipper.clone(), replay_seq);
         let committer = Committer::new(fs.clone(), log, shipper.clone(), checkpointer, last_commit);
         let thread = std::thread::Builder::new()
