@@ -287,6 +287,31 @@ fn an_unlinked_file_lives_until_the_kernel_lets_go_and_is_freed_after_a_restart(
 }
 
 #[test]
+fn small_writes_leave_as_whole_records_and_a_file_deleted_in_time_costs_nothing() {
+    let world = World::new(Parameters::default());
+    let home = world.home();
+    let stored = || -> u64 {
+        let names = world.runtime.block_on(world.store.list("log/", None, 1000)).unwrap();
+        names.iter().map(|object| object.size).sum()
+    };
+    world.sync(&home);
+    let before = stored();
+    create(&world, &home, Ino::ROOT, "short-lived", &noise(1, 2_000_000));
+    home.fs.unlink(Ino::ROOT, b"short-lived").unwrap();
+    world.sync(&home);
+    let after = stored();
+    assert!(after - before < 4096, "{} bytes for a file that was gone before its commit", after - before);
+    // 4 KiB at a time; a frame for each write would cost 24 bytes and an extent every 4096.
+    create(&world, &home, Ino::ROOT, "long-lived", &noise(2, 10 << 20));
+    world.sync(&home);
+    let file = home.fs.lookup(Ino::ROOT, b"long-lived").unwrap().ino;
+    let frames = world.run(&home, |fs| fs.frames_of(file, 0..10 << 20)).unwrap();
+    assert_eq!(frames.len(), 80, "10 MiB are 80 records of 128 KiB");
+    assert!(stored() - after < (10 << 20) + (10 << 20) / 500);
+    home.close(Duration::from_secs(20));
+}
+
+#[test]
 fn a_second_home_is_refused_and_told_why() {
     let world = World::new(Parameters::default());
     let home = world.home();

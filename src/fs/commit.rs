@@ -4,20 +4,18 @@
 
 use super::checkpoint::{Checkpointer, Frozen};
 use super::dirty::{DirtyFile, Run};
-use super::extents::{offset_of, scan_from};
+use super::edit::ExtentEdit;
 use super::state::{DirtyFiles, Level, State};
 use super::{Fs, MAX_FILE_SIZE};
 use crate::log::writer::LogWriter;
-use crate::log::{self, Append, ClosedSegment, Frames};
+use crate::log::{self, Append, ClosedSegment};
 use crate::tree::btree::Tree;
 use crate::tree::delta::{self, Counters, Delta, Value};
-use crate::tree::key::{self, Key};
-use crate::tree::memtable::{Levels, weight};
+use crate::tree::key::Key;
+use crate::tree::memtable::weight;
 use crate::tree::value::Extent;
 use crate::types::{CommitNo, FrameKind, FramePtr, Ino, Seq};
 use parking_lot::Mutex;
-use std::collections::BTreeMap;
-use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,8 +28,6 @@ const SEAL_BATCH: usize = 32;
 const INLINE_MAX: usize = 256;
 /// How long the committer sleeps when nothing has changed.
 const IDLE_SLEEP: Duration = Duration::from_secs(5);
-/// Extents looked at in one step when a long stretch is removed.
-const PUNCH_BATCH: usize = 1024;
 
 /// Where commits and closed segments go: implemented above, by the part that ships them.
 pub trait Shipping: Send + Sync {
@@ -43,6 +39,8 @@ pub trait Shipping: Send + Sync {
     fn checkpoint(&self, checkpoint: super::CheckpointOutcome) -> log::Result<()>;
     /// The newest tree no longer refers to this frame (a hint).
     fn dead(&self, ptr: FramePtr);
+    /// Waits a moment for the disk to get room; false when the volume is being closed and nothing is waited for.
+    fn pause(&self) -> bool;
     /// The newest segment that the store is known to hold with all before it.
     fn stored(&self) -> Seq;
     /// Brings frames here; waits for the network, within a bound.
@@ -93,16 +91,16 @@ struct Todo {
 }
 
 /// The part of the state that one commit takes with it.
-struct Taken {
-    no: CommitNo,
-    meta: Arc<Delta>,
-    dirty: Arc<DirtyFiles>,
+pub(super) struct Taken {
+    pub no: CommitNo,
+    pub meta: Arc<Delta>,
+    pub dirty: Arc<DirtyFiles>,
     /// Inodes from here on are new: the log has no extents of them.
-    first_new: u64,
-    base: Vec<Arc<Delta>>,
-    tree: Tree,
-    next_ino: u64,
-    inodes: u64,
+    pub first_new: u64,
+    pub base: Vec<Arc<Delta>>,
+    pub tree: Tree,
+    pub next_ino: u64,
+    pub inodes: u64,
 }
 
 impl Committer {
@@ -165,7 +163,9 @@ impl Committer {
         } else if todo.close {
             self.close()?;
         }
-        if todo.checkpoint && !self.checkpointer.busy() {
+        // The last commit may be the first thing that a checkpoint has to take.
+        let at_end = todo.stop && self.checkpointer.anything_new(&self.fs.state.lock());
+        if (todo.checkpoint || at_end) && !self.checkpointer.busy() {
             self.freeze(todo.stop)?;
         }
         Ok(())
@@ -269,15 +269,28 @@ impl Committer {
 
     /// Appends a frame; closes the segment when it has grown large enough.
     fn append(&mut self, kind: FrameKind, plain: &[u8]) -> log::Result<FramePtr> {
-        let mut log = self.log.lock();
-        let ptr = log.append(kind, plain)?;
-        if log.open_len() >= self.fs.settings.segment_size {
-            let closed = log.close()?;
-            drop(log);
-            self.closed = self.committed;
-            self.ship(closed);
+        let ptr = self.with_room(|log| log.append(kind, plain))?;
+        if self.log.lock().open_len() >= self.fs.settings.segment_size {
+            self.close()?;
         }
         Ok(ptr)
+    }
+
+    /// Does something with the log; while the disk has no room, tells the writers so and tries again. Nothing that
+    /// was taken for a commit is given up for a full disk.
+    fn with_room<T>(&self, mut op: impl FnMut(&mut LogWriter) -> log::Result<T>) -> log::Result<T> {
+        loop {
+            match op(&mut self.log.lock()) {
+                Err(e) if e.is_no_space() => {
+                    self.fs.set_no_space(true);
+                    ::log::error!("a commit waits for room on the spool's disk: {e}");
+                    if !self.shipping.pause() {
+                        return Err(e);
+                    }
+                }
+                other => return other,
+            }
+        }
     }
 
     /// One commit: everything changed so far, as one step of the whole tree.
@@ -310,17 +323,11 @@ impl Committer {
             inodes: taken.inodes,
         };
         let parts = delta::encode(&counters, merged(&taken.meta, &changes));
-        let segment = {
-            let mut log = self.log.lock();
-            log.set_stored(self.shipping.stored());
-            log.append_commit(taken.no, self.fs.env.clock.now(), &parts)?;
-            if close || log.open_len() >= self.fs.settings.segment_size {
-                log.close()?
-            } else {
-                log.sync()?;
-                None
-            }
-        };
+        let time = self.fs.env.clock.now();
+        self.log.lock().set_stored(self.shipping.stored());
+        self.with_room(|log| log.append_commit(taken.no, time, &parts))?;
+        let close = close || self.log.lock().open_len() >= self.fs.settings.segment_size;
+        let segment = self.with_room(|log| if close { log.close() } else { log.sync().map(|()| None) })?;
         drop(parts);
         self.committed = taken.no;
         self.counters = counters;
@@ -356,7 +363,7 @@ impl Committer {
             dirty,
             first_new,
             base,
-            tree: state.tree.clone(),
+            tree: state.tree,
             next_ino: state.next_ino,
             inodes: state.inodes,
         })
@@ -399,7 +406,7 @@ impl Committer {
     }
 
     fn close(&mut self) -> log::Result<()> {
-        let segment = self.log.lock().close()?;
+        let segment = self.with_room(LogWriter::close)?;
         self.closed = self.committed;
         self.ship(segment);
         Ok(())
@@ -424,7 +431,7 @@ impl Committer {
         let (levels, tree) = {
             let mut state = self.fs.state.lock();
             state.levels.iter_mut().for_each(|level| level.frozen = true);
-            (state.levels.iter().map(|l| l.delta.clone()).collect::<Vec<_>>(), state.tree.clone())
+            (state.levels.iter().map(|l| l.delta.clone()).collect::<Vec<_>>(), state.tree)
         };
         let frozen = Frozen {
             levels,
@@ -456,128 +463,4 @@ fn merged<'a>(a: &'a Delta, b: &'a Delta) -> Vec<(&'a Key, &'a Option<Value>)> {
     let mut all: Vec<_> = a.iter().chain(b.iter()).collect();
     all.sort_by(|x, y| x.0.cmp(y.0)); // two sorted runs: the stable sort merges them
     all
-}
-
-/// The changes one commit makes to extents.
-struct ExtentEdit<'a> {
-    base: Vec<&'a Delta>,
-    tree: &'a Tree,
-    frames: &'a dyn Frames,
-    shipping: &'a dyn Shipping,
-    first_new: u64,
-    record: u64,
-    changes: Delta,
-    live_added: u64,
-    live_freed: u64,
-    dead: Vec<FramePtr>,
-}
-
-impl<'a> ExtentEdit<'a> {
-    fn new(
-        taken: &'a Taken,
-        frames: &'a dyn Frames,
-        record: u64,
-        shipping: &'a dyn Shipping,
-    ) -> ExtentEdit<'a> {
-        ExtentEdit {
-            base: taken.base.iter().map(|delta| &**delta).collect(),
-            tree: &taken.tree,
-            frames,
-            shipping,
-            first_new: taken.first_new,
-            record,
-            changes: BTreeMap::new(),
-            live_added: 0,
-            live_freed: 0,
-            dead: Vec::new(),
-        }
-    }
-
-    /// What lies in `range` is replaced by `extent`, or by a hole.
-    fn replace(&mut self, ino: Ino, range: Range<u64>, extent: Option<Value>) -> log::Result<()> {
-        if ino.0 < self.first_new {
-            self.punch(ino, range.clone())?;
-        }
-        if let Some(extent) = extent {
-            self.live_added += range.end - range.start;
-            self.changes.insert(key::extent(ino, range.start), Some(extent));
-        }
-        Ok(())
-    }
-
-    fn punch(&mut self, ino: Ino, range: Range<u64>) -> log::Result<()> {
-        let mut from = scan_from(range.start, self.record);
-        loop {
-            let found = self.extents(ino, from..range.end)?;
-            for (key, value) in &found {
-                let start = offset_of(key).map_err(into_log)?;
-                self.trim(ino, start, value, &range)?;
-                from = start + 1;
-            }
-            if found.len() < PUNCH_BATCH {
-                return Ok(());
-            }
-        }
-    }
-
-    /// Takes `range` out of the extent that starts at `start`.
-    fn trim(&mut self, ino: Ino, start: u64, value: &Value, range: &Range<u64>) -> log::Result<()> {
-        let extent = Extent::decode(value)?;
-        let end = start + extent.len();
-        if end <= range.start {
-            return Ok(());
-        }
-        self.live_freed += end.min(range.end) - start.max(range.start);
-        self.changes.insert(key::extent(ino, start), None);
-        if start < range.start {
-            let part = part_of(&extent, 0..range.start - start);
-            self.changes.insert(key::extent(ino, start), Some(part));
-        }
-        if end > range.end {
-            let part = part_of(&extent, range.end - start..end - start);
-            self.changes.insert(key::extent(ino, range.end), Some(part));
-        }
-        if let Extent::Stored { ptr, from: 0, .. } = extent
-            && start >= range.start
-            && end <= range.end
-        {
-            self.dead.push(ptr);
-        }
-        Ok(())
-    }
-
-    /// Extents of the file from the newest committed state, under the changes of this commit. Pages that are only
-    /// in the store are fetched: the committer may wait, requests never do.
-    fn extents(&self, ino: Ino, offsets: Range<u64>) -> log::Result<Vec<(Key, Value)>> {
-        let mut maps = Vec::with_capacity(self.base.len() + 1);
-        maps.push(&self.changes);
-        maps.extend(&self.base);
-        let range = key::extents(ino, offsets);
-        loop {
-            let levels = Levels { maps: &maps, tree: self.tree, frames: self.frames };
-            match levels.range(&range.start, &range.end, PUNCH_BATCH) {
-                Err(log::Error::Missing(ptrs)) => self.shipping.fetch(&ptrs)?,
-                other => return other,
-            }
-        }
-    }
-}
-
-fn part_of(extent: &Extent<'_>, part: Range<u64>) -> Value {
-    match extent {
-        Extent::Stored { ptr, from, .. } => {
-            Extent::Stored { ptr: *ptr, from: from + part.start as u32, len: (part.end - part.start) as u32 }
-                .encode()
-        }
-        Extent::Inline { bytes } => {
-            Extent::Inline { bytes: &bytes[part.start as usize..part.end as usize] }.encode()
-        }
-    }
-}
-
-fn into_log(e: super::Error) -> log::Error {
-    match e {
-        super::Error::Log(e) => e,
-        other => log::Error::corrupt("the tree", other),
-    }
 }

@@ -142,7 +142,7 @@ impl DirtyFile {
     /// Joins the data run at `start` with a data run that begins where it ends, within the record.
     fn join_next(&mut self, start: u64, record: u64) -> (u64, u64) {
         let end = start + self.runs[&start].len();
-        if end % record != 0
+        if !end.is_multiple_of(record)
             && let Some(Run::Data(_)) = self.runs.get(&end)
             && let Some(Run::Data(next)) = self.runs.remove(&end)
             && let Some(Run::Data(bytes)) = self.runs.get_mut(&start)

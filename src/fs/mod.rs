@@ -9,13 +9,14 @@
 //! | `namespace` | names: lookup, create, link, unlink, rename, readdir |
 //! | `data` | read, write, truncate, holes, shared copies |
 //! | `dirty` | written bytes not in the log yet |
-//! | `commit` | the committer: from memory to the log |
+//! | `commit`, `edit` | the committer: from memory to the log, and what it changes in extents |
 //! | `checkpoint` | from the log's deltas to the tree |
 
 mod checkpoint;
 mod commit;
 mod data;
 mod dirty;
+mod edit;
 mod error;
 mod extents;
 mod inode;
@@ -160,7 +161,7 @@ impl Fs {
         self.state.lock().no_space = full;
     }
 
-    /// Latches the file system: every later change and fsync fails with EIO, reads go on.
+    /// Latches the file system: every later change fails with EROFS and every fsync with EIO; reads go on.
     pub fn fail(&self, reason: &str) {
         let mut state = self.state.lock();
         if state.failed.is_none() {

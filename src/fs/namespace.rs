@@ -130,8 +130,10 @@ impl Fs {
             return os(libc::EEXIST);
         }
         tx.add_entry(dir, name, ino, kind)?;
+        let inode = tx.inode(ino)?.clone();
+        let attr = self.attr_of(&mut tx.st, ino, inode)?; // may want frames: before anything is changed
         tx.apply();
-        self.getattr(ino)
+        Ok(attr)
     }
 
     /// Removes a name of something that is not a directory.
@@ -354,11 +356,12 @@ impl Tx<'_> {
     ) -> Result<()> {
         if let Some(target) = target {
             match (source.kind, target.kind) {
-                (FileType::Directory, FileType::Directory) => {
-                    if *dir_mut(self.inode(target.ino)?)?.entries > 0 {
-                        return os(libc::ENOTEMPTY);
-                    }
+                (FileType::Directory, FileType::Directory)
+                    if *dir_mut(self.inode(target.ino)?)?.entries > 0 =>
+                {
+                    return os(libc::ENOTEMPTY);
                 }
+                (FileType::Directory, FileType::Directory) => {}
                 (FileType::Directory, _) => return os(libc::ENOTDIR),
                 (_, FileType::Directory) => return os(libc::EISDIR),
                 _ => {}

@@ -24,6 +24,9 @@ use std::time::Duration;
 /// Entry ids below this are `.` and `..`.
 pub(super) const FIRST_ENTRY: u64 = 3;
 
+/// Changed keys in memory, in units of the size at which a checkpoint is made, at which writers wait for it.
+const MEMTABLES_MAX: usize = 4;
+
 /// What recovery hands over: the tree of the newest checkpoint, and the changes replayed behind it.
 pub struct Recovery {
     /// Tree of the checkpoint.
@@ -175,6 +178,7 @@ impl State {
     pub fn has_room(&self, settings: &Settings) -> bool {
         self.dirty_bytes + self.sealing_bytes < settings.dirty_max
             && self.active_weight < settings.memtable_max
+            && self.memtable_weight() < MEMTABLES_MAX * settings.memtable_max
     }
 
     pub fn memtable_weight(&self) -> usize {

@@ -16,9 +16,14 @@ use crate::tree::checkpoint::{self, Root};
 use crate::tree::{Counters, Delta, Tree, delta};
 use crate::types::{CommitNo, Hash, Head, Seq, Timestamp, unhex};
 use bytes::Bytes;
+use std::time::Duration;
 
 /// Name of the file in the state directory that says the newest head this host has seen.
 const PIN: &str = "head";
+/// How long the store may take to show that it is there.
+const REACH_TIMEOUT: Duration = Duration::from_secs(10);
+/// No checkpoint object is larger, in bytes.
+const CHECKPOINT_MAX: u64 = 64 << 10;
 /// Checkpoint names asked for at once.
 const LIST_PAGE: usize = 1000;
 
@@ -54,36 +59,51 @@ pub(super) struct Opened {
     pub replay_seq: Seq,
 }
 
+/// The store, if it answers. A writer that holds the volume's own copy of everything it needs goes on without it.
+pub(super) async fn reach<'a>(
+    store: &'a dyn Store,
+    dir: &StateDir,
+    role: Role,
+) -> Result<Option<&'a dyn Store>> {
+    if role == Role::Reader || dir.read(volume::NAME)?.is_none() {
+        return Ok(Some(store));
+    }
+    match crate::store::reachable(store, REACH_TIMEOUT).await {
+        Err(e) if e.is_transient() => {
+            ::log::warn!("the store does not answer ({e}); opening from what this host holds");
+            Ok(None)
+        }
+        _ => Ok(Some(store)),
+    }
+}
+
 /// The volume's superblock: from the store, which must agree with the copy pinned here; from the pinned copy alone
 /// when the store does not answer.
-pub(super) async fn superblock(store: &dyn Store, dir: &StateDir, key: &KeyFile) -> Result<Superblock> {
+pub(super) async fn superblock(
+    store: Option<&dyn Store>,
+    dir: &StateDir,
+    key: &KeyFile,
+) -> Result<Superblock> {
     let pinned = dir.read(volume::NAME)?;
-    match crate::ops::init::load_superblock(store, key).await {
-        Ok((superblock, bytes)) => match pinned {
-            Some(pinned) if pinned != bytes => Err(Error::corrupt(
-                volume::NAME,
-                format!(
-                    "the store's copy differs from the one pinned in {}; the store may have been exchanged. \
-                         If the volume was re-keyed on purpose, use a new state directory",
-                    dir.root().display()
-                ),
-            )),
-            Some(_) => Ok(superblock),
-            None => {
-                dir.write_atomic(volume::NAME, &bytes)?;
-                Ok(superblock)
-            }
-        },
-        Err(Error::Store(StoreError::Unavailable { name, detail })) => match pinned {
-            Some(bytes) => {
-                ::log::warn!(
-                    "{name}: the store does not answer ({detail}); using the copy pinned on this host"
-                );
-                UnverifiedSuperblock::parse(&bytes)?.verify(key)
-            }
-            None => Err(Error::Store(StoreError::Unavailable { name, detail })),
-        },
-        Err(e) => Err(e),
+    let (superblock, bytes) = match (store, &pinned) {
+        (Some(store), _) => crate::ops::init::load_superblock(store, key).await?,
+        (None, Some(pinned)) => return UnverifiedSuperblock::parse(pinned)?.verify(key),
+        (None, None) => return Err(Error::Refused("neither the store nor this host has the volume".into())),
+    };
+    match pinned {
+        Some(pinned) if pinned != bytes => Err(Error::corrupt(
+            volume::NAME,
+            format!(
+                "the store's copy differs from the one pinned in {}; the store may have been exchanged. If the \
+                 volume was re-keyed on purpose, use a new state directory",
+                dir.root().display()
+            ),
+        )),
+        Some(_) => Ok(superblock),
+        None => {
+            dir.write_atomic(volume::NAME, &bytes)?;
+            Ok(superblock)
+        }
     }
 }
 
@@ -92,7 +112,7 @@ pub(super) async fn recover(
     ctx: &VolumeContext,
     dir: &StateDir,
     env: &Env,
-    store: &dyn Store,
+    store: Option<&dyn Store>,
     role: Role,
     version: Version,
 ) -> Result<Opened> {
@@ -117,7 +137,7 @@ pub(super) async fn recover(
         }
         Ok(Step::Continue)
     };
-    let recovered = recovery::recover(ctx, dir, env, Some(store), start, role, &mut apply).await?;
+    let recovered = recovery::recover(ctx, dir, env, store, start, role, &mut apply).await?;
     if last == CommitNo(0) && version != Version::Newest {
         return Err(Error::Refused("the volume has no version that old; `versions` lists them".into()));
     }
@@ -129,7 +149,7 @@ pub(super) async fn recover(
             asked.0, last.0
         )));
     }
-    if version == Version::Newest && role == Role::Reader {
+    if let (Version::Newest, Role::Reader, Some(store)) = (version, role, store) {
         check_pin(ctx, dir, store, recovered.head).await?;
     }
     let counters = counters.unwrap_or(Counters { next_ino: 2, live_bytes: 0, inodes: 0 });
@@ -154,17 +174,12 @@ pub(super) async fn recover(
 async fn newest_checkpoint(
     ctx: &VolumeContext,
     dir: &StateDir,
-    store: &dyn Store,
+    store: Option<&dyn Store>,
     version: Version,
 ) -> Result<Option<Root>> {
-    let local = dir.checkpoints()?;
-    let mut names: Vec<String> = local.iter().map(|name| full_name(name)).collect();
-    match list_checkpoints(store).await {
-        Ok(found) => names.extend(found),
-        Err(StoreError::Unavailable { detail, .. }) if !local.is_empty() => {
-            ::log::warn!("the store's checkpoints cannot be listed ({detail}); using those on this host");
-        }
-        Err(e) => return Err(e.into()),
+    let mut names: Vec<String> = dir.checkpoints()?.iter().map(|name| full_name(name)).collect();
+    if let Some(store) = store {
+        names.extend(list_checkpoints(store).await?);
     }
     names.sort(); // the inverted number puts the newest first
     names.dedup();
@@ -172,18 +187,11 @@ async fn newest_checkpoint(
         names.retain(|name| checkpoint::commit_of(name).is_some_and(|no| no <= at));
     }
     if let Version::Time(at) = version {
-        return checkpoint_before(ctx, dir, store, &names, at).await;
+        return checkpoint_before(ctx, dir, store, names, at).await;
     }
     for name in names {
-        match read_checkpoint(ctx, dir, store, &name).await {
-            Ok(root) => return Ok(Some(root)),
-            Err(Error::Corrupt { object, detail }) => {
-                ::log::error!("{object}: {detail}; passing it over for an older checkpoint");
-            }
-            Err(Error::Store(StoreError::NotFound { name })) => {
-                ::log::warn!("{name}: listed, but not there; passing it over");
-            }
-            Err(e) => return Err(e),
+        if let Some(root) = usable_checkpoint(ctx, dir, store, &name).await? {
+            return Ok(Some(root));
         }
     }
     Ok(None)
@@ -193,23 +201,48 @@ async fn newest_checkpoint(
 async fn checkpoint_before(
     ctx: &VolumeContext,
     dir: &StateDir,
-    store: &dyn Store,
-    names: &[String],
+    store: Option<&dyn Store>,
+    mut names: Vec<String>,
     at: Timestamp,
 ) -> Result<Option<Root>> {
     let (mut low, mut high) = (0, names.len());
     let mut best = None;
     while low < high {
         let middle = (low + high) / 2;
-        let root = read_checkpoint(ctx, dir, store, &names[middle]).await?;
-        if root.time <= at {
-            best = Some(root);
-            high = middle;
-        } else {
-            low = middle + 1;
+        match usable_checkpoint(ctx, dir, store, &names[middle]).await? {
+            Some(root) if root.time <= at => {
+                best = Some(root);
+                high = middle;
+            }
+            Some(_) => low = middle + 1,
+            None => {
+                names.remove(middle);
+                high -= 1;
+            }
         }
     }
     Ok(best)
+}
+
+/// The checkpoint of that name; `None`, loudly, if it is damaged or gone.
+async fn usable_checkpoint(
+    ctx: &VolumeContext,
+    dir: &StateDir,
+    store: Option<&dyn Store>,
+    name: &str,
+) -> Result<Option<Root>> {
+    match read_checkpoint(ctx, dir, store, name).await {
+        Ok(root) => Ok(Some(root)),
+        Err(Error::Corrupt { object, detail }) => {
+            ::log::error!("{object}: {detail}; passing it over for an older checkpoint");
+            Ok(None)
+        }
+        Err(Error::Store(StoreError::NotFound { name })) => {
+            ::log::warn!("{name}: listed, but not there; passing it over");
+            Ok(None)
+        }
+        Err(e) => Err(e),
+    }
 }
 
 fn full_name(name: &str) -> String {
@@ -228,10 +261,16 @@ pub(super) async fn list_checkpoints(store: &dyn Store) -> std::result::Result<V
     }
 }
 
-async fn read_checkpoint(ctx: &VolumeContext, dir: &StateDir, store: &dyn Store, name: &str) -> Result<Root> {
-    let bytes = match dir.read(name)? {
-        Some(bytes) => Bytes::from(bytes),
-        None => store.get_suffix(name, 64 << 10).await?.0,
+async fn read_checkpoint(
+    ctx: &VolumeContext,
+    dir: &StateDir,
+    store: Option<&dyn Store>,
+    name: &str,
+) -> Result<Root> {
+    let bytes = match (dir.read(name)?, store) {
+        (Some(bytes), _) => Bytes::from(bytes),
+        (None, Some(store)) => store.get_suffix(name, CHECKPOINT_MAX).await?.0,
+        (None, None) => return Err(Error::corrupt(name, "is gone from the state directory")),
     };
     checkpoint::open(&bytes, name, ctx.id, &ctx.key, &ctx.writer_public)
 }
@@ -286,4 +325,21 @@ fn read_pin(dir: &StateDir) -> Result<Option<Head>> {
             "is damaged; remove it to forget which head was seen (an older store would then go unnoticed)",
         )),
     }
+}
+
+/// The newest checkpoint on this host that the store does not have, and the segment it needs: an upload that the last
+/// run did not get to.
+pub(super) async fn unsent_checkpoint(
+    ctx: &VolumeContext,
+    dir: &StateDir,
+    store: Option<&dyn Store>,
+) -> Result<Option<(String, Bytes, Seq)>> {
+    let Some(name) = dir.checkpoints()?.first().map(|name| full_name(name)) else { return Ok(None) };
+    if let Some(store) = store
+        && list_checkpoints(store).await?.contains(&name)
+    {
+        return Ok(None);
+    }
+    let Some(root) = usable_checkpoint(ctx, dir, None, &name).await? else { return Ok(None) };
+    Ok(dir.read(&name)?.map(|bytes| (name, Bytes::from(bytes), root.root_seq)))
 }

@@ -30,8 +30,8 @@ use tokio::runtime::Handle;
 
 /// Local checkpoints kept: the newest, and one in case it is damaged.
 const LOCAL_CHECKPOINTS: usize = 2;
-/// Pause between two attempts to fetch what a commit needs.
-const FETCH_PAUSE: Duration = Duration::from_secs(1);
+/// Pause between two attempts of a commit that waits for the link or for room.
+const PAUSE: Duration = Duration::from_secs(1);
 /// Segment files kept open for reading.
 const OPEN_FILES: usize = 128;
 /// How often the spool's free space is looked at.
@@ -99,11 +99,12 @@ impl Volume {
             .map_err(|e| Error::Refused(e.to_string()))?;
         let dir = Arc::new(StateDir::open(&options.state)?);
         let store = options.store.clone();
-        let superblock = runtime.block_on(opening::superblock(&*store, &dir, &options.key))?;
+        let role = if options.read_only { Role::Reader } else { Role::Writer };
+        let reached = runtime.block_on(opening::reach(&*store, &dir, role))?;
+        let superblock = runtime.block_on(opening::superblock(reached, &dir, &options.key))?;
         let ctx = Arc::new(context(&options.key, &superblock)?);
         let (env, version) = (&options.env, options.version);
-        let role = if options.read_only { Role::Reader } else { Role::Writer };
-        let opened = runtime.block_on(opening::recover(&ctx, &dir, env, &*store, role, version))?;
+        let opened = runtime.block_on(opening::recover(&ctx, &dir, env, reached, role, version))?;
         let limits = ReaderLimits {
             frame_cache_bytes: options.frame_cache,
             disk_cache_bytes: options.disk_cache,
@@ -122,7 +123,8 @@ impl Volume {
             ..Settings::default()
         };
         let shown = opened.time.map(|time| (opened.recovery.last_commit, time));
-        let parts = Parts { options: &options, dir: &dir, ctx, reader: &reader, runtime, settings };
+        let parts =
+            Parts { options: &options, store: reached, dir: &dir, ctx, reader: &reader, runtime, settings };
         let (fs, home) = if options.read_only { parts.reader(opened) } else { parts.writer(opened)? };
         let runtime = runtime.clone();
         Ok(Volume { fs, superblock, dir, store, opened: shown, reader, runtime, home })
@@ -211,6 +213,8 @@ pub(super) fn context(key: &KeyFile, superblock: &Superblock) -> Result<VolumeCo
 /// What both kinds of volume are put together from.
 struct Parts<'a> {
     options: &'a OpenOptions,
+    /// The store, if it answered.
+    store: Option<&'a dyn Store>,
     dir: &'a Arc<StateDir>,
     ctx: Arc<VolumeContext>,
     reader: &'a Arc<FrameReader>,
@@ -238,7 +242,9 @@ impl Parts<'_> {
             recovered.last_commit,
         )));
         opened.recovery.orphans = self.runtime.block_on(orphans(&opened, self.reader))?;
-        let (sent, unsent) = self.runtime.block_on(split_sent(&*self.options.store, &opened));
+        let (sent, unsent) = self.runtime.block_on(split_sent(self.store, &opened));
+        let checkpoint =
+            self.runtime.block_on(opening::unsent_checkpoint(&self.ctx, self.dir, self.store))?;
         let remote = unsent.first().map_or(last_commit, |first| {
             sent.iter().rev().find(|s| s.head.seq < first.head.seq).map_or(CommitNo(0), |s| s.last_commit)
         });
@@ -264,8 +270,9 @@ impl Parts<'_> {
         });
         shipper.start_uploader(self.options.store.clone(), self.options.uploads);
         shipper.retire();
-        for segment in unsent {
-            shipper.push(Upload::Segment(segment));
+        unsent.into_iter().for_each(|segment| shipper.push(Upload::Segment(segment)));
+        if let Some((name, body, after)) = checkpoint {
+            shipper.push(Upload::Checkpoint { name, body, after });
         }
         let fs = Arc::new(Fs::new(self.settings, env, self.reader.clone(), opened.recovery));
         watch_space(&fs, self.dir, self.runtime, self.options.dirty_max);
@@ -275,14 +282,12 @@ impl Parts<'_> {
             .name("committer".into())
             .spawn(move || committer.run())
             .map_err(Error::io("start the committer's thread"))?;
-        for ino in fs.orphans() {
-            fs.release_orphan(ino).map_err(|e| Error::Refused(format!("freeing unlinked {ino:?}: {e}")))?;
-        }
+        fs.orphans().into_iter().for_each(|ino| free_orphan(&fs, ino, self.reader, self.runtime));
         Ok((fs, Some(Home { shipper, committer: Mutex::new(Some(thread)) })))
     }
 }
 
-/// Inodes that were unlinked but open when home went down. Their attributes are fetched too: they will be freed.
+/// Inodes that were unlinked but open when home went down.
 async fn orphans(opened: &Opened, reader: &FrameReader) -> Result<Vec<Ino>> {
     let maps = [&opened.recovery.replayed];
     let levels = crate::tree::Levels { maps: &maps, tree: &opened.recovery.tree, frames: reader };
@@ -303,11 +308,30 @@ async fn orphans(opened: &Opened, reader: &FrameReader) -> Result<Vec<Ino>> {
     }
 }
 
+/// Frees an inode that was unlinked but open when home went down. If it cannot be freed now, it stays an orphan, and
+/// the next mount tries again.
+fn free_orphan(fs: &Fs, ino: Ino, reader: &FrameReader, runtime: &Handle) {
+    loop {
+        let error = match fs.release_orphan(ino) {
+            Ok(()) => return,
+            Err(e) => match e.missing() {
+                Some(ptrs) => match runtime.block_on(reader.fetch(ptrs)) {
+                    Ok(()) => continue,
+                    Err(e) => e.to_string(),
+                },
+                None => e.to_string(),
+            },
+        };
+        ::log::warn!("inode {}, unlinked but open when home went down, is not freed yet: {error}", ino.0);
+        return;
+    }
+}
+
 /// Which of the local segments the store has. When it does not answer, none: they are offered again, and the
 /// uploader finds out that they are the same.
-async fn split_sent(store: &dyn Store, opened: &Opened) -> (Vec<ClosedSegment>, Vec<ClosedSegment>) {
+async fn split_sent(store: Option<&dyn Store>, opened: &Opened) -> (Vec<ClosedSegment>, Vec<ClosedSegment>) {
     let local = opened.recovered.local.clone();
-    let Some(first) = local.first() else { return (Vec::new(), Vec::new()) };
+    let (Some(first), Some(store)) = (local.first(), store) else { return (Vec::new(), local) };
     let mut there = HashSet::new();
     let mut after = log::segment::segment_name(Seq(first.head.seq.0.saturating_sub(1)));
     while let Ok(page) = store.list("log/", Some(&after), 1000).await {
@@ -470,6 +494,14 @@ impl Shipping for Shipper {
         self.reader.dead(ptr);
     }
 
+    fn pause(&self) -> bool {
+        if self.closing.load(Ordering::Acquire) {
+            return false;
+        }
+        self.runtime.block_on(tokio::time::sleep(PAUSE));
+        true
+    }
+
     fn stored(&self) -> Seq {
         self.durable.remote_head().map_or(Seq(0), |head| head.seq)
     }
@@ -482,7 +514,7 @@ impl Shipping for Shipper {
                 match self.reader.fetch(ptrs).await {
                     Err(Error::Store(e)) if e.is_transient() && !self.closing.load(Ordering::Acquire) => {
                         ::log::warn!("a commit waits for pages that only the store has: {e}");
-                        tokio::time::sleep(FETCH_PAUSE).await;
+                        tokio::time::sleep(PAUSE).await;
                     }
                     other => return other,
                 }

@@ -137,3 +137,11 @@ pub trait Store: Send + Sync {
     /// What to call this store in messages: its URL, never a secret.
     fn describe(&self) -> String;
 }
+
+/// Asks the store one cheap question, and is `Unavailable` when the answer takes longer than `within`.
+pub async fn reachable(store: &dyn Store, within: std::time::Duration) -> Result<(), StoreError> {
+    match tokio::time::timeout(within, store.list("volume.json", None, 1)).await {
+        Ok(answer) => answer.map(|_| ()),
+        Err(_) => Err(StoreError::unavailable("volume.json", format!("no answer within {within:?}"))),
+    }
+}
