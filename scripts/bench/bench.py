@@ -22,6 +22,7 @@ OUT = REPO / "target" / "bench"
 WORK = OUT / "work"
 os.environ.setdefault("E2E_DIR", str(WORK))
 sys.path.insert(0, str(REPO / "tests" / "e2e"))
+sys.dont_write_bytecode = True  # nothing is left in the checkout but target/
 
 import harness  # noqa: E402
 from harness import MIB, run, timed, wait_until  # noqa: E402

@@ -22,7 +22,9 @@ import traceback
 import uuid
 from pathlib import Path
 
-import harness
+sys.dont_write_bytecode = True  # nothing is left in the checkout but target/
+
+import harness  # noqa: E402
 
 # Module -> (limit in seconds, parameters). A case is `module` or `module.parameter`.
 CASES = {

@@ -29,6 +29,12 @@ def write_and_fsync(path, data):
             os.close(fd)
 
 
+def unsent(home):
+    """Whether the status says that something is on this host only."""
+    status = home.status()
+    return status["unsent_bytes"] > 0 or status["unsent_segments"] > 0
+
+
 def drained(home, what):
     def done():
         status = home.status()
@@ -77,7 +83,7 @@ def available(scene):
         scene.fsync_in_time(f"during-{mode}", 0, TIMEOUT - 0.5 if mode == "hang" else 0, TIMEOUT + SLACK)
         status = scene.home.status()
         check(not status["in_sync"], f"{mode}: status says that it is not in sync", str(status))
-        check(status["unsent_bytes"] > 0 or status["unsent_segments"] > 0, f"{mode}: and that something is unsent")
+        check(unsent(scene.home), f"{mode}: and that something is unsent")
         time.sleep(2)
         check(scene.home.status()["lag_seconds"] >= 1, f"{mode}: the lag grows")
         check((scene.point / f"during-{mode}").read_bytes()[:6] == b"during", f"{mode}: the file can be read")
@@ -89,6 +95,7 @@ def available(scene):
     scene.proxy.set("pass")
     drained(scene.home, "a slow link is in sync too")
     scene.embassy_has("connected", "during-hang", "during-cut", "slow-link")
+    scene.home.umount()
 
 
 def strict(scene):
@@ -118,8 +125,7 @@ def local(scene):
         scene.proxy.set(mode)
         for n in range(5):
             scene.fsync_in_time(f"{mode}-{n}", 0, 0, 1.5)
-        status = scene.home.status()
-        check(status["unsent_bytes"] > 0 or status["unsent_segments"] > 0, f"{mode}: unsent is counted")
+        wait_until(lambda: unsent(scene.home), 5, f"{mode}: unsent is counted")
         scene.proxy.set("pass")
         drained(scene.home, f"{mode}: drains when the link is back")
     scene.embassy_has("hang-0", "cut-4")

@@ -177,37 +177,51 @@ class Judge:
     """Looks at a damaged volume, and says what it found or fails."""
 
     def __init__(self, history):
-        self.history, self.tally = history, {}
+        self.history, self.tally, self.wrong = history, {}, []
 
     def count(self, what):
         self.tally[what] = self.tally.get(what, 0) + 1
+
+    def fault(self, damage, what):
+        """A claim that does not hold; the others are looked at all the same."""
+        self.count("WRONG")
+        self.wrong.append(f"{damage}: {what}")
+
+    def verdict(self, where):
+        """Ends the case when there was a fault."""
+        some = "".join(f"\n      {line}" for line in self.wrong[:15])
+        check(not self.wrong, f"{where}: {self.tally}", f"{len(self.wrong)} faults:{some}")
 
     def refusal(self, damage, done):
         """A mount that was refused: in time, with a message that names an object."""
         text = done.stderr.strip()
         if done.returncode < 0 or done.returncode > 100 or "panicked" in text:
-            raise Failed(f"{damage}: mount crashed with {done.returncode}: {text[-500:]}")
-        if not any(name in text for name in damage.names()):
-            raise Failed(f"{damage}: the refusal names no object of {sorted(damage.names())}: {text[-500:]!r}")
+            return self.fault(damage, f"mount crashed with {done.returncode}: {text[-500:]}")
+        # What a reader has seen last is kept in the file `head`; when that is damaged, the store no longer matches it.
+        seen = damage.name == "head" and "this host has seen" in text
+        if not seen and not any(name in text for name in damage.names()):
+            return self.fault(damage, f"the refusal names none of {sorted(damage.names())}: {text[-500:]!r}")
         self.count("refused")
 
     def mounted(self, damage, mount, allow_earlier):
         """A mount that came up."""
-        found = contents(mount.point)
+        try:
+            found = contents(mount.point)
+        except Failed as failure:
+            return self.fault(damage, str(failure))
         if not alive(mount.pid):
-            raise Failed(f"{damage}: the daemon died")
+            return self.fault(damage, "the daemon died")
         wrong = wrong_against(self.history[-1], found)
         if wrong and allow_earlier and earlier_state(self.history, found):
-            self.count("an earlier state")
-        elif wrong:
-            raise Failed(f"{damage}: wrong data: {wrong[:5]}; errors: {errors_in(found)[:5]}")
-        elif errors_in(found):
-            told = str(mount.status()["last_error"])
-            if not any(name in told for name in damage.names()):
-                raise Failed(f"{damage}: EIO, but last_error does not name the object: {told!r}")
-            self.count("EIO")
-        else:
-            self.count("whole")
+            return self.count("an earlier state")
+        if wrong:
+            return self.fault(damage, f"wrong data: {wrong[:3]}; errors: {errors_in(found)[:3]}")
+        if not errors_in(found):
+            return self.count("whole")
+        told = str(mount.status()["last_error"])
+        if not any(name in told for name in damage.names()):
+            return self.fault(damage, f"EIO, but last_error does not name the object: {told!r}")
+        self.count("EIO")
 
 
 def make_volume(directory, draw):
@@ -247,7 +261,8 @@ def against_store(directory, draw):
         # A hole in the middle shows; that the end is missing can't, to one who has never seen it.
         end_gone = damage.kind == "delete" and damage.name == newest
         judge_store(volume.at(f"file://{copy}"), judge, damage, directory, end_gone)
-    check(judge.tally.get("refused", 0) + judge.tally.get("EIO", 0) > 0, f"{len(todo)} damages: {judge.tally}")
+    judge.verdict(f"{len(todo)} damages of the store")
+    check(judge.tally.get("refused") and judge.tally.get("EIO"), "some were refused at mount, some gave EIO")
 
 
 def judge_store(volume, judge, damage, directory, end_gone):
@@ -275,8 +290,9 @@ def against_local(directory, draw):
     embassy = volume.embassy("reader", directory / "reader-state")
     contents(embassy.point)
     embassy.umount()
+    judges = {}
     for role, name in (("home", "home-state"), ("reader", "reader-state")):
-        judge = Judge(history)
+        judge = judges[f"local damages, {role}"] = Judge(history)
         original, copy = directory / name, directory / "damaged-state"
         files = [str(p.relative_to(original)) for p in sorted(original.rglob("*")) if p.is_file() and p.stat().st_size]
         files = [f for f in files if Path(f).name not in ("lock", "pid") and not f.endswith(".log")]
@@ -291,7 +307,8 @@ def against_local(directory, draw):
                 run("cp", "-a", "--sparse=always", source, target)
             damage.apply(copy)
             judge_local(volume.at(f"file://{store}"), judge, damage, role, copy)
-        check(judge.tally.get("whole", 0) > 0, f"{role}: {len(todo)} local damages: {judge.tally}")
+    for where, judge in judges.items():
+        judge.verdict(where)
 
 
 def judge_local(volume, judge, damage, role, state):
