@@ -12,6 +12,7 @@ use crate::ops::status::{CommitPoint, Status};
 use crate::replica::volume::Volume;
 use crate::types::{CommitNo, FramePtr};
 use futures::future::BoxFuture;
+use parking_lot::Mutex;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -29,6 +30,8 @@ pub(super) struct MountControl {
     store: String,
     state: String,
     protection: &'static str,
+    /// The last error that an application was given and that POSIX does not foresee.
+    failed: Mutex<Option<String>>,
 }
 
 impl MountControl {
@@ -37,6 +40,7 @@ impl MountControl {
             store: volume.store.describe(),
             state: request.state.display().to_string(),
             protection: request.protection.name(),
+            failed: Mutex::new(None),
             volume,
         }
     }
@@ -82,6 +86,7 @@ impl Control for MountControl {
             status.in_sync = true;
             status.last_commit = volume.opened.and_then(|(no, time)| point(no, time));
             status.last_durable = status.last_commit;
+            status.last_error = self.failed.lock().clone();
             return status;
         };
         let account = durable.snapshot();
@@ -94,7 +99,14 @@ impl Control for MountControl {
         status.last_durable = remote.and_then(|time| point(account.remote, time));
         status.fallbacks = account.fallbacks;
         status.fenced = account.fenced.is_some();
-        status.last_error = account.fenced.or(account.latched).or(volume.fs.failure()).or(account.last_error);
+        let latched = account.fenced.or(account.latched).or(volume.fs.failure());
+        status.last_error = latched.or_else(|| self.failed.lock().clone()).or(account.last_error);
+        // What is committed in the segment that is still open is on this host only, like a closed one.
+        let open = volume.fs.open_segment_bytes();
+        if open > 0 && account.local > account.remote {
+            status.unsent_bytes += open;
+            status.unsent_segments += 1;
+        }
         status
     }
 
@@ -130,6 +142,10 @@ impl Backend for MountControl {
 
     fn free_bytes(&self) -> u64 {
         self.volume.dir.free_bytes().unwrap_or(0)
+    }
+
+    fn failed(&self, what: &str) {
+        *self.failed.lock() = Some(what.to_string());
     }
 }
 

@@ -18,6 +18,7 @@ use crate::types::{CommitNo, FrameKind, FramePtr, Ino, Seq};
 use parking_lot::Mutex;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// Whole records waiting in memory above which the committer seals them without waiting for the commit.
@@ -329,6 +330,7 @@ impl Committer {
         let close = close || self.log.lock().open_len() >= self.fs.settings.segment_size;
         let segment = self.with_room(|log| if close { log.close() } else { log.sync().map(|()| None) })?;
         drop(parts);
+        self.fs.open_segment.store(self.log.lock().open_len(), Ordering::Relaxed);
         self.committed = taken.no;
         self.counters = counters;
         self.publish(changes, counters);
@@ -407,6 +409,7 @@ impl Committer {
 
     fn close(&mut self) -> log::Result<()> {
         let segment = self.with_room(LogWriter::close)?;
+        self.fs.open_segment.store(0, Ordering::Relaxed);
         self.closed = self.committed;
         self.ship(segment);
         Ok(())

@@ -38,6 +38,7 @@ use crate::types::CommitNo;
 use parking_lot::{Condvar, Mutex};
 use state::State;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Largest file size and offset, in bytes.
@@ -101,13 +102,22 @@ pub struct Fs {
     state: Mutex<State>,
     /// Wakes the committer.
     wake: Condvar,
+    /// Bytes in the segment that is open, as of the last commit.
+    open_segment: AtomicU64,
 }
 
 impl Fs {
     /// Puts a file system over what recovery found.
     pub fn new(settings: Settings, env: Env, frames: Arc<dyn Frames>, recovery: Recovery) -> Fs {
         let state = State::new(recovery, &settings, &env);
-        Fs { settings, env, frames, state: Mutex::new(state), wake: Condvar::new() }
+        Fs {
+            settings,
+            env,
+            frames,
+            state: Mutex::new(state),
+            wake: Condvar::new(),
+            open_segment: AtomicU64::new(0),
+        }
     }
 
     /// The commit that holds, or will hold, every change made so far. An fsync waits for its durability.
@@ -149,6 +159,11 @@ impl Fs {
     pub fn dirty_bytes(&self) -> u64 {
         let state = self.state.lock();
         state.dirty_bytes + state.sealing_bytes
+    }
+
+    /// Bytes in the segment that is still open: committed here, and not yet on their way.
+    pub fn open_segment_bytes(&self) -> u64 {
+        self.open_segment.load(Ordering::Relaxed)
     }
 
     /// Approximate bytes of changed keys held in memory.

@@ -35,6 +35,8 @@ pub trait Backend: Send + Sync {
     fn ships_on_fsync(&self) -> bool;
     /// Bytes the spool's disk has left.
     fn free_bytes(&self) -> u64;
+    /// An application got an error that POSIX does not foresee: for the status.
+    fn failed(&self, what: &str);
 }
 
 /// Size of the volume, in blocks of `block_size` bytes.
@@ -78,7 +80,7 @@ impl Requests {
                     reply(&this.fs, result);
                 });
             }
-            result => reply(&self.fs, result.map_err(|e| report(what, &e))),
+            result => reply(&self.fs, result.map_err(|e| self.report(what, &e))),
         }
     }
 
@@ -100,7 +102,7 @@ impl Requests {
                         this.read_ahead(ino, offset + len as u64);
                         this.retry("read", op, e).await
                     }
-                    result => result.map_err(|e| report("read", &e)),
+                    result => result.map_err(|e| this.report("read", &e)),
                 };
                 reply(result);
             });
@@ -114,7 +116,7 @@ impl Requests {
                     reply(this.retry("read", op, e).await);
                 });
             }
-            result => reply(result.map_err(|e| report("read", &e))),
+            result => reply(result.map_err(|e| self.report("read", &e))),
         }
     }
 
@@ -149,7 +151,7 @@ impl Requests {
                     reply(this.retry("write", move |fs| fs.write(ino, offset, &data, kill), e).await);
                 });
             }
-            result => reply(result.map_err(|e| report("write", &e))),
+            result => reply(result.map_err(|e| self.report("write", &e))),
         }
     }
 
@@ -213,13 +215,13 @@ impl Requests {
             if let Some(ptrs) = error.missing() {
                 self.fetched.fetch_add(1, Ordering::Relaxed);
                 if let Err(e) = self.backend.fetch(ptrs.to_vec()).await {
-                    return Err(report(what, &fs::Error::Log(e)));
+                    return Err(self.report(what, &fs::Error::Log(e)));
                 }
             } else if matches!(error, fs::Error::Busy) {
                 self.throttled.fetch_add(1, Ordering::Relaxed);
                 self.wait_for_space(what).await?;
             } else {
-                return Err(report(what, &error));
+                return Err(self.report(what, &error));
             }
             match self.attempt(what, &mut op) {
                 Ok(value) => return Ok(value),
@@ -230,6 +232,15 @@ impl Requests {
             "{what}: gave up after {FETCH_ROUNDS} rounds of fetching; is the frame cache too small?"
         );
         Err(libc::EIO)
+    }
+
+    /// The errno, and a line in log and status when the answer is not one that POSIX foresees.
+    fn report(&self, what: &str, e: &fs::Error) -> i32 {
+        if !matches!(e, fs::Error::Os(_)) {
+            ::log::error!("{what}: {e}");
+            self.backend.failed(&format!("{what}: {e}"));
+        }
+        e.errno()
     }
 
     async fn wait_for_space(&self, what: &str) -> Served<()> {
@@ -252,12 +263,4 @@ impl Requests {
 
 fn wants_retry(e: &fs::Error) -> bool {
     e.missing().is_some() || matches!(e, fs::Error::Busy)
-}
-
-/// The errno, and a line in the log when the answer is not one that POSIX foresees.
-fn report(what: &str, e: &fs::Error) -> i32 {
-    if !matches!(e, fs::Error::Os(_)) {
-        ::log::error!("{what}: {e}");
-    }
-    e.errno()
 }
