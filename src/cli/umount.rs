@@ -1,6 +1,6 @@
 //! `embassyfs umount`: commits, ships within a bound, unmounts, waits for the daemon, and says what is unsent or lost.
-//! Invariant: it never reports "all shipped" on the word of anything but the daemon's last status, and it ends in
-//! bounded time whatever state the daemon is in.
+//! Invariant: it never reports "all shipped" but on the daemon's word, it promises nothing about what is not committed,
+//! and it ends in bounded time whatever state the daemon is in.
 
 use super::exit::{ExitCode, Failure, Outcome};
 use super::mounted::{self, Mounted};
@@ -31,10 +31,12 @@ const USERS_SHOWN: usize = 4;
 /// directory, and the next mount ships it. What could not be committed (the local log has failed) is lost.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Exit codes: 0 all is in the store (or, with --lazy, was when the daemon was last asked); 1 unmounted, and changes
-that were never committed are lost; 5 unmounted, but data is still only in the state directory (or that cannot be
-told, because the daemon had died); 6 in use, still mounted; 8 unmounted, but another writer owns the volume, and what
-is unsent stays in the state directory.
+Exit codes:
+  0  all is in the store (with --lazy: it was when the daemon was last asked)
+  1  unmounted, and changes that were never committed are lost
+  5  unmounted, but data is still only in the state directory, or it cannot be told because the daemon had died
+  6  in use, still mounted
+  8  unmounted; another writer owns the volume, and what is unsent stays in the state directory
 
 Examples:
   embassyfs umount /srv/land
@@ -118,8 +120,9 @@ fn with_daemon(args: &UmountArgs, mount: &Mounted, mut daemon: Client) -> Outcom
     match (last, known) {
         (Ok(status), _) => report(args, mount, &status),
         (Err(_), Some(status)) if !ended => report_going_on(args, mount, &status),
-        // What it said before it was unmounted is not how it ended.
-        (Err(_), _) => Ok(report_unknown(mount)),
+        // It ended before its farewell was heard. Where nothing was waiting and nobody held the mount, nothing is.
+        (Err(_), Some(status)) if !status.has_unsent() => report(args, mount, &status),
+        (Err(_), known) => Ok(report_unknown(mount, known)),
     }
 }
 
@@ -172,7 +175,7 @@ fn without_daemon(args: &UmountArgs, mount: &Mounted) -> Outcome {
     } else {
         take_out(args, mount)?;
     }
-    Ok(report_unknown(mount))
+    Ok(report_unknown(mount, None))
 }
 
 /// Says what is unsent or lost, after the last word of a daemon that has closed the volume.
@@ -214,11 +217,23 @@ fn report_going_on(args: &UmountArgs, mount: &Mounted, known: &Status) -> Outcom
     })
 }
 
-fn report_unknown(mount: &Mounted) -> ExitCode {
+/// The daemon has not said how it ended; `known` is what it said before.
+fn report_unknown(mount: &Mounted, known: Option<Status>) -> ExitCode {
+    let known = known.unwrap_or_default();
+    let before = known.waiting_in_words().map_or(String::new(), |words| format!(" (before: {words})"));
+    let (then, code) = match known.fenced {
+        true => (
+            "another writer owns the volume; what was committed stays in the state directory",
+            ExitCode::Refused,
+        ),
+        false => {
+            ("mount it again with the same state directory to ship what was committed", ExitCode::Unsent)
+        }
+    };
     print_error(&format!(
-        "{} is unmounted; its daemon had died or did not answer, so whether data is unsent cannot be told: mount it \
-         again with the same state directory to ship what was committed; what was not committed is lost",
+        "{} is unmounted; its daemon had died or did not answer, so whether data is unsent cannot be told{before}: \
+         {then}; what was not committed is lost",
         mount.path.display()
     ));
-    ExitCode::Unsent
+    code
 }
