@@ -136,13 +136,13 @@ fn help_version_and_manual() {
     let place = Place::new();
     assert!(place.run(&["--version"]).expect(0).out().starts_with("embassyfs "));
     assert!(place.run(&["--help"]).expect(0).out().contains("Examples:"));
-    for command in ["init", "mount", "umount", "sync", "status", "versions"] {
+    for command in ["init", "mount", "umount", "sync", "status", "versions", "recover-key"] {
         assert!(place.run(&[command, "--help"]).expect(0).out().contains("Examples:"), "{command}");
     }
     assert!(place.run(&["mount", "--help"]).out().contains("protection=LEVEL"));
     assert!(place.run(&["init", "--help"]).out().contains("try passphrases"));
     place.run(&["man", "--out", "."]).expect(0);
-    assert!(place.path("embassyfs-mount.1").exists());
+    assert!(place.path("embassyfs-mount.1").exists() && place.path("embassyfs-recover-key.1").exists());
     place.run(&[]).expect(2);
     place.run(&["frobnicate"]).expect(2);
 }
@@ -200,7 +200,7 @@ fn config_files_are_checked_and_flags_win() {
 fn init_makes_keys_for_their_owner_only_and_never_twice() {
     let place = Place::new();
     place.init();
-    for name in ["writer.key", "reader.key", "auditor.key"] {
+    for name in ["writer.key", "reader.key", "auditor.key", "steward.key"] {
         let mode = std::fs::metadata(place.path("keys").join(name)).expect("made").permissions().mode();
         assert_eq!(mode & 0o777, 0o600, "{name}");
     }
@@ -209,6 +209,45 @@ fn init_makes_keys_for_their_owner_only_and_never_twice() {
     std::fs::write(place.path("short"), "secret\n").expect("writable");
     let words = ["init", "--store", "file:///x", "--keys", "k", "--passphrase-file", "short"];
     place.run(&words).fails(2, &["shorter than"]);
+}
+
+#[test]
+fn a_passphrase_brings_back_a_readers_key() {
+    let place = Place::new();
+    std::fs::write(place.path("words"), "correct horse battery staple\n").expect("writable");
+    std::fs::write(place.path("others"), "correct horse battery stable\n").expect("writable");
+    let store = place.store();
+    let init = ["init", "--store", &store, "--keys", "keys", "--name", "land", "--passphrase-file", "words"];
+    place.run(&init).expect(0);
+    let recover = |words: &str, out: &str| {
+        place.run(&["recover-key", "--store", &store, "--passphrase-file", words, out])
+    };
+    recover("others", "new.key").fails(8, &["passphrase does not open", "typing error"]);
+    assert!(!place.path("new.key").exists());
+    assert!(recover("words", "new.key").expect(0).out().contains("volume land"));
+    let mode = std::fs::metadata(place.path("new.key")).expect("made").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    recover("words", "new.key").fails(8, &["exists already"]);
+    place.run(&["versions", "--store", &store, "--key", "new.key"]).expect(0);
+    assert_eq!(
+        std::fs::read(place.path("new.key")).expect("readable"),
+        std::fs::read(place.path("keys/reader.key")).expect("readable")
+    );
+}
+
+#[test]
+fn a_key_is_not_recovered_from_what_has_no_passphrase() {
+    let place = Place::new();
+    std::fs::write(place.path("words"), "correct horse battery staple\n").expect("writable");
+    let store = place.store();
+    let recover = || place.run(&["recover-key", "--store", &store, "--passphrase-file", "words", "new.key"]);
+    recover().fails(7, &["no volume in the store"]);
+    place.init();
+    recover().fails(8, &["no passphrase slot"]);
+    assert!(!place.path("new.key").exists());
+    place
+        .run(&["recover-key", "--store", &store, "new.key"])
+        .fails(2, &["--passphrase-file FILE is missing"]);
 }
 
 #[test]
@@ -225,10 +264,11 @@ fn a_mount_lives_and_ends_as_it_should() {
     let status = place.status();
     assert_eq!((status.protection.as_str(), status.volume.as_str()), ("local", "land"));
     assert_eq!(status.mountpoint, place.text("m"));
+    // A fresh volume commits its root directory within a second, and says until it is shipped that it is not.
+    place.run(&["sync", "m"]).expect(0);
     assert!(place.run(&["status", "m"]).expect(0).out().contains("in sync"));
     // Others may have mounts too, so only ours is looked for.
     assert!(place.run(&["status"]).out().contains(&place.text("m")));
-    place.run(&["sync", "m"]).expect(0);
     place.mount(&[]).fails(6, &["already mounted", "umount"]);
 
     let mut user = Command::new("sleep").arg("60").current_dir(place.path("m")).spawn().expect("sleep");
@@ -252,6 +292,9 @@ fn a_failing_mount_says_why_in_one_line() {
         return;
     }
     let place = Place::new();
+    place.mount(&[]).fails(8, &["key file", "writer.key"]);
+    place.init();
+    std::fs::remove_dir_all(place.path("store")).expect("writable");
     let answer = place.mount(&[]);
     assert_ne!(answer.0.status.code(), Some(0));
     assert_eq!(answer.err().lines().count(), 1, "{}", answer.err());

@@ -16,11 +16,13 @@ const NAME_CHARS_MAX: usize = 64;
 /// Make a new volume in an empty store, and its key files.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Three key files are written, each for its owner only (mode 0600):
+Four key files are written, each for its owner only (mode 0600):
   writer.key    reads and writes; stays on the registry host, and a copy in a safe
   reader.key    reads; for mounting in the embassy
-  auditor.key   checks that the archive is whole and authentic; reads nothing
-Without these files the volume cannot be read by anybody. Keep copies apart from the host.
+  auditor.key   checks signatures, reads nothing; for verifying the archive, which no command does yet
+  steward.key   signs packs, reads nothing; for clearing out old data, which no command does yet
+Without writer.key and reader.key nobody can read the volume, unless it has a passphrase.
+Without writer.key nobody can write to it. Keep copies apart from the host.
 
 Examples:
   embassyfs init --store file:///data/land --keys /etc/embassyfs/land --name land
@@ -32,11 +34,12 @@ pub struct InitArgs {
     /// The directory for the key files; made if it is missing.
     #[arg(long, value_name = "DIR")]
     keys: Option<PathBuf>,
-    /// The volume's name, shown in mount tables and messages (default: the last part of the URL).
+    /// The volume's name, shown in mount tables and messages: 1 to 64 letters, digits, '-', '_' and '.' (default: the
+    /// last part of the URL).
     #[arg(long)]
     name: Option<String>,
     /// Also put the volume key into the store, locked with the passphrase in this file ('-': standard input). Then
-    /// the passphrase alone opens the volume, without any key file. But whoever can read the store, its operator
+    /// the passphrase alone gives a reader's key file again ('recover-key'), should all be lost. But whoever can read the store, its operator
     /// and host included, can try passphrases for as long as they like, unseen; nothing can revoke a copy they
     /// took. Use it only with a passphrase of six or more random words, or not at all.
     #[arg(long, value_name = "FILE")]
@@ -57,7 +60,8 @@ pub fn run(args: InitArgs) -> Outcome {
         Some(path) => Some(read_passphrase(&path)?),
         None => None,
     };
-    if passphrase.is_some() {
+    if let Some(text) = &passphrase {
+        check_strength(text)?;
         print_error(
             "note: this volume gets a passphrase slot in the store: whoever can read the store can try passphrases \
              unseen and without limit, and who finds it reads everything",
@@ -76,7 +80,9 @@ pub fn run(args: InitArgs) -> Outcome {
     for key in &made.keys {
         print(&format!("  key file {}", key.display()));
     }
-    print("Keep copies of the key files apart from this host: without them nobody can read the volume.");
+    print(
+        "Keep copies of the key files apart from this host: without one of them nobody can open the volume.",
+    );
     Ok(ExitCode::Ok)
 }
 
@@ -97,7 +103,8 @@ fn check_name(name: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-fn read_passphrase(path: &Path) -> Result<Zeroizing<String>, Failure> {
+/// The passphrase in a file ('-': standard input), without the line's end.
+pub(super) fn read_passphrase(path: &Path) -> Result<Zeroizing<String>, Failure> {
     let fail = |e: std::io::Error| {
         Failure::from_error(ExitCode::Usage, format!("passphrase file {}", path.display()), &e)
     };
@@ -114,11 +121,15 @@ fn read_passphrase(path: &Path) -> Result<Zeroizing<String>, Failure> {
     // The line's end is the editor's, not the passphrase's.
     let end = text.trim_end_matches(['\n', '\r']).len();
     text.truncate(end);
-    if text.chars().count() < PASSPHRASE_CHARS_MIN {
+    Ok(text)
+}
+
+fn check_strength(passphrase: &str) -> Result<(), Failure> {
+    if passphrase.chars().count() < PASSPHRASE_CHARS_MIN {
         let what = format!("the passphrase is shorter than {PASSPHRASE_CHARS_MIN} characters");
         return Err(Failure::usage(what).hint("six or more random words are a good one"));
     }
-    Ok(text)
+    Ok(())
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ pub mod mount_helper;
 pub mod mounted;
 pub mod options;
 pub mod progress;
+pub mod recover_key;
 pub mod seam;
 pub mod serve;
 mod session;
@@ -62,6 +63,7 @@ enum Command {
     Sync(sync::SyncArgs),
     Status(status::StatusArgs),
     Versions(versions::VersionsArgs),
+    RecoverKey(recover_key::RecoverKeyArgs),
     #[command(hide = true)]
     Man(man::ManArgs),
     #[command(hide = true)]
@@ -168,6 +170,7 @@ fn dispatch(args: Vec<OsString>) -> exit::Outcome {
         Command::Sync(args) => sync::run(args),
         Command::Status(args) => status::run(args),
         Command::Versions(args) => versions::run(args),
+        Command::RecoverKey(args) => recover_key::run(args),
         Command::Man(args) => man::run(args),
         Command::MountHelper(args) => mount_helper::run(args.words),
     }

@@ -75,7 +75,7 @@ pub struct MountOptions {
     pub dev: bool,
     /// `exec`
     pub exec: bool,
-    /// `atime`
+    /// `atime`: what the mount table shows, and nothing else.
     pub atime: bool,
     /// `read_ahead=`
     pub read_ahead: u64,
@@ -111,7 +111,7 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("memory_size=SIZE", "memory for opened data (default 128M)"),
     ("dirty_size=SIZE", "memory for data not yet committed (default 64M)"),
     ("uploads=N", "segments on their way to the store at once (default 4)"),
-    ("size=SIZE", "the most the volume may hold (default: no limit)"),
+    ("size=SIZE", "the most file contents the volume may hold (default: no limit)"),
     ("fsname=TEXT", "source shown in the mount table (default embassyfs:NAME)"),
     ("allow_other", "other users may enter; permissions are checked as on a local disk"),
     ("default_permissions", "always on; accepted for the habit's sake"),
@@ -119,8 +119,8 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("exec, noexec", "programs can be run from the mount (default exec)"),
     ("suid, nosuid", "set-user-id bits count (default nosuid)"),
     ("dev, nodev", "device files work (default nodev)"),
-    ("atime, relatime, noatime", "access times are kept (default noatime)"),
-    ("read_ahead=SIZE", "how far the kernel reads ahead (default 1M)"),
+    ("atime, relatime, noatime", "no effect: reading never changes access times"),
+    ("read_ahead=SIZE", "how far the kernel reads ahead (default 1M; 0: the kernel's own)"),
 ];
 
 /// Words that are for mount(8), libmount or systemd; the mount helper may see them.

@@ -5,10 +5,10 @@ use super::exit::{ExitCode, Failure};
 use super::options::{At, Protection};
 use super::session::{MountControl, Session};
 use crate::clock::Env;
-use crate::crypto::keyfile::{KeyFile, Role};
+use crate::crypto::keyfile::{KeyFile, KeyFileError, Role};
 use crate::crypto::slots::Argon2Params;
 use crate::fuse::mount::MountSettings;
-use crate::log::volume::Parameters;
+use crate::log::volume::{self, Parameters};
 use crate::log::{CommitInfo, Error};
 use crate::ops::control::Control;
 use crate::ops::status::{CommitPoint, Status, StoreStatus};
@@ -18,7 +18,7 @@ use crate::replica::{Version, durable, listing};
 use crate::store::{self, Store, StoreError};
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
@@ -195,6 +195,30 @@ pub fn store_status(request: &StoreRequest) -> Result<StoreStatus, Failure> {
         last_commit: point(found.last_commit),
         newest_checkpoint: point(found.newest_checkpoint),
     })
+}
+
+/// Writes to `out` the reader's key file that `passphrase` opens in the store; the file must not exist.
+pub fn recover_key(
+    store_url: &str,
+    store_options: &BTreeMap<String, String>,
+    passphrase: &[u8],
+    out: &Path,
+) -> Result<KeyFile, Failure> {
+    let store = open_store(store_url, store_options)?;
+    let found = runtime()?.block_on(store.get_suffix(volume::NAME, volume::LEN_MAX));
+    let (bytes, size) = found.map_err(|e| failure(&e.into()))?;
+    if size != bytes.len() as u64 {
+        return Err(failure(&Error::corrupt(volume::NAME, "is too large for a superblock")));
+    }
+    let (_, key) = volume::open_with_passphrase(&bytes, passphrase).map_err(|e| failure(&e))?;
+    key.save(out).map_err(|e| {
+        let code = match e {
+            KeyFileError::Exists { .. } => ExitCode::Refused,
+            _ => ExitCode::Failed,
+        };
+        Failure::from_error(code, "cannot write the key file", &e)
+    })?;
+    Ok(key)
 }
 
 /// A store that is asked without a mount.

@@ -12,7 +12,7 @@ use crate::clock::{Clock, Env};
 use crate::fuse::mount::{self as kernel, MountSettings, Unmount, own_ids};
 use crate::fuse::table;
 use crate::ops::control::{Control, Server, socket_path};
-use crate::ops::status::Status;
+use crate::ops::status::{Ending, Status};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -43,8 +43,11 @@ pub(super) fn serve(plan: &MountPlan, pipe: ReadyPipe) -> Outcome {
     // Closing makes the last checkpoint and ships it too; only then is it known what stays behind.
     let closed = volume.close();
     let last = control.status();
-    if last.has_unsent() {
-        ::log::warn!("closed with {} unsent, kept in {}", last.unsent_in_words(), last.state);
+    if let Some(words) = last.ending_in_words() {
+        match last.ending() {
+            Ending::Lost => ::log::error!("closed; {words}"),
+            _ => ::log::warn!("closed; {words}"),
+        }
     }
     if let Some(server) = server {
         server.finish(last);

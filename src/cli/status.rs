@@ -21,7 +21,7 @@ pub struct StatusArgs {
     mountpoint: Option<PathBuf>,
     #[command(flatten)]
     store: StoreArgs,
-    /// A key file of the volume, with --store.
+    /// A reader's or writer's key file, with --store.
     #[arg(long, value_name = "FILE")]
     key: Option<PathBuf>,
     /// JSON instead of text.

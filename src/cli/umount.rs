@@ -1,6 +1,6 @@
-//! `embassyfs umount`: commits, ships within a bound, unmounts, waits for the daemon, and says what is still unsent.
-//! Invariant: it never reports "all shipped" on the word of anything but the daemon's last status, and it ends in
-//! bounded time whatever state the daemon is in.
+//! `embassyfs umount`: commits, ships within a bound, unmounts, waits for the daemon, and says what is unsent or lost.
+//! Invariant: it never reports "all shipped" but on the daemon's word, it promises nothing about what is not committed,
+//! and it ends in bounded time whatever state the daemon is in.
 
 use super::exit::{ExitCode, Failure, Outcome};
 use super::mounted::{self, Mounted};
@@ -10,7 +10,7 @@ use super::{print_error, print_json};
 use crate::fuse::mount::{self as kernel, Pidfd, Unmount};
 use crate::fuse::table;
 use crate::ops::control::{Client, ControlError, Request};
-use crate::ops::status::Status;
+use crate::ops::status::{Ending, Status};
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -27,12 +27,16 @@ const USERS_SHOWN: usize = 4;
 
 /// Commit, ship and unmount.
 ///
-/// Bounded in time; says what is still unsent. Unsent data stays in the state directory and is shipped after the
-/// next mount.
+/// Bounded in time; says what is still unsent, and what is lost. What was committed and is unsent stays in the state
+/// directory, and the next mount ships it. What could not be committed (the local log has failed) is lost.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Exit codes: 0 all is in the store; 5 unmounted, but data is still only in the state directory (or that cannot be
-told, because the daemon had died); 6 in use, still mounted.
+Exit codes:
+  0  all is in the store (with --lazy: it was when the daemon was last asked)
+  1  unmounted, and changes that were never committed are lost
+  5  unmounted, but data is still only in the state directory, or it cannot be told because the daemon had died
+  6  in use, still mounted
+  8  unmounted; another writer owns the volume, and what is unsent stays in the state directory
 
 Examples:
   embassyfs umount /srv/land
@@ -113,10 +117,13 @@ fn with_daemon(args: &UmountArgs, mount: &Mounted, mut daemon: Client) -> Outcom
         )
         .hint("look at its log; the volume can be mounted again when it has ended"));
     }
-    if !ended {
-        print_error("still in use; the daemon goes on until the last user has left");
+    match (last, known) {
+        (Ok(status), _) => report(args, mount, &status),
+        (Err(_), Some(status)) if !ended => report_going_on(args, mount, &status),
+        // It ended before its farewell was heard. Where nothing was waiting and nobody held the mount, nothing is.
+        (Err(_), Some(status)) if !status.has_unsent() => report(args, mount, &status),
+        (Err(_), known) => Ok(report_unknown(mount, known)),
     }
-    report(args, mount, last.ok().or(known))
 }
 
 /// Unmounts; true when the connection had to be broken.
@@ -168,29 +175,65 @@ fn without_daemon(args: &UmountArgs, mount: &Mounted) -> Outcome {
     } else {
         take_out(args, mount)?;
     }
-    report(args, mount, None)
+    Ok(report_unknown(mount, None))
 }
 
-/// Says what is left unsent.
-fn report(args: &UmountArgs, mount: &Mounted, last: Option<Status>) -> Outcome {
-    let path = mount.path.display();
-    let Some(status) = last else {
-        print_error(&format!(
-            "{path} is unmounted; its daemon had died or did not answer, so whether data is unsent cannot be told: mount it \
-             again with the same state directory to ship what was committed"
-        ));
-        return Ok(ExitCode::Unsent);
-    };
+/// Says what is unsent or lost, after the last word of a daemon that has closed the volume.
+fn report(args: &UmountArgs, mount: &Mounted, last: &Status) -> Outcome {
     if args.json {
-        print_json(&status)?;
+        print_json(last)?;
     }
-    if status.has_unsent() {
-        print_error(&format!(
-            "{path} is unmounted; unsent: {}, kept in {}; the next mount with this state directory ships it",
-            status.unsent_in_words(),
-            status.state
-        ));
-        return Ok(ExitCode::Unsent);
+    if let Some(words) = last.ending_in_words() {
+        print_error(&format!("{} is unmounted; {words}", mount.path.display()));
     }
-    Ok(ExitCode::Ok)
+    Ok(exit_code(last.ending()))
+}
+
+fn exit_code(ending: Ending) -> ExitCode {
+    match ending {
+        Ending::Clean => ExitCode::Ok,
+        Ending::Unsent => ExitCode::Unsent,
+        // Not `Unsent`, which promises that the next mount ships it.
+        Ending::Fenced => ExitCode::Refused,
+        Ending::Lost => ExitCode::Failed,
+    }
+}
+
+/// A daemon that serves its last users still commits and ships; nothing is lost yet.
+fn report_going_on(args: &UmountArgs, mount: &Mounted, known: &Status) -> Outcome {
+    if args.json {
+        print_json(known)?;
+    }
+    let waiting = known.waiting_in_words();
+    let so_far = waiting.as_ref().map_or(String::new(), |words| format!(" ({words})"));
+    print_error(&format!(
+        "{} is out of the tree and still in use; the daemon goes on until the last user has left{so_far}",
+        mount.path.display()
+    ));
+    Ok(match (waiting, known.fenced) {
+        (None, _) => ExitCode::Ok,
+        (Some(_), true) => ExitCode::Refused,
+        (Some(_), false) => ExitCode::Unsent,
+    })
+}
+
+/// The daemon has not said how it ended; `known` is what it said before.
+fn report_unknown(mount: &Mounted, known: Option<Status>) -> ExitCode {
+    let known = known.unwrap_or_default();
+    let before = known.waiting_in_words().map_or(String::new(), |words| format!(" (before: {words})"));
+    let (then, code) = match known.fenced {
+        true => (
+            "another writer owns the volume; what was committed stays in the state directory",
+            ExitCode::Refused,
+        ),
+        false => {
+            ("mount it again with the same state directory to ship what was committed", ExitCode::Unsent)
+        }
+    };
+    print_error(&format!(
+        "{} is unmounted; its daemon had died or did not answer, so whether data is unsent cannot be told{before}: \
+         {then}; what was not committed is lost",
+        mount.path.display()
+    ));
+    code
 }

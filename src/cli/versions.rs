@@ -6,7 +6,7 @@ use crate::ops::status::rfc3339;
 use serde_json::json;
 use std::path::PathBuf;
 
-/// List the commits in the store; each can be mounted with 'mount --read-only --at'.
+/// List the commits in the store, the newest first; each can be mounted with 'mount --read-only --at'.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:

@@ -34,7 +34,7 @@ pub struct MountSettings {
     pub dev: bool,
     /// Programs can be run from it.
     pub exec: bool,
-    /// The kernel keeps access times.
+    /// The mount table does not say `noatime`. Nothing else: the kernel keeps no access times for FUSE file systems.
     pub atime: bool,
     /// How far the kernel reads ahead, in KiB; 0 leaves its default.
     pub read_ahead_kib: u32,

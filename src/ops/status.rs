@@ -96,33 +96,144 @@ impl fmt::Display for StoreStatus {
 }
 
 impl Status {
-    /// True when something is on this host only.
+    /// True when something is on this host only: committed and not sent, or not even committed.
     pub fn has_unsent(&self) -> bool {
-        self.unsent_bytes > 0 || self.unsent_segments > 0 || self.dirty_bytes > 0
+        self.dirty_bytes > 0 || self.has_unsent_commits()
     }
 
-    /// What is not in the embassy, in words: `3.2 MiB in 2 segments`.
-    pub fn unsent_in_words(&self) -> String {
-        let plural = if self.unsent_segments == 1 { "" } else { "s" };
-        let mut text = format!("{} in {} segment{plural}", bytes(self.unsent_bytes), self.unsent_segments);
-        if self.dirty_bytes > 0 {
-            text.push_str(&format!(" and {} not yet committed", bytes(self.dirty_bytes)));
+    fn has_unsent_commits(&self) -> bool {
+        self.unsent_bytes > 0 || self.unsent_segments > 0 || self.unsent_commits() > 0
+    }
+
+    /// Commits that the embassy does not hold. The account of bytes and segments leaves the open segment out.
+    fn unsent_commits(&self) -> u64 {
+        match (self.last_commit, self.last_durable) {
+            _ if self.role != "writer" => 0,
+            (None, _) => 0,
+            (Some(here), Some(there)) => here.no.saturating_sub(there.no),
+            // The first segment's time is noted a moment after it is known to have arrived; the lag is exact.
+            (Some(here), None) => {
+                if self.lag_seconds > 0.0 {
+                    here.no
+                } else {
+                    0
+                }
+            }
         }
-        text
+    }
+
+    /// What is committed here and not in the embassy, in words: `3.2 MiB in 2 segments`. Uncommitted bytes are not
+    /// part of it: only what is committed is kept in the state directory.
+    pub fn unsent_in_words(&self) -> String {
+        if self.unsent_bytes > 0 || self.unsent_segments > 0 {
+            return format!("{} in {}", bytes(self.unsent_bytes), count(self.unsent_segments, "segment"));
+        }
+        match self.unsent_commits() {
+            0 => "nothing that is committed".into(),
+            n => count(n, "commit"),
+        }
+    }
+
+    /// What a daemon that goes on has still to bring to the embassy; `None` when it is nothing.
+    pub fn waiting_in_words(&self) -> Option<String> {
+        let mut parts = Vec::new();
+        if self.has_unsent_commits() {
+            parts.push(format!("{} unsent", self.unsent_in_words()));
+        }
+        if self.dirty_bytes > 0 {
+            parts.push(format!("{} not yet committed", bytes(self.dirty_bytes)));
+        }
+        (!parts.is_empty()).then(|| parts.join(", "))
     }
 
     /// The answer to "is it all right?", in a few words.
     pub fn headline(&self) -> String {
         if self.fenced {
-            "FENCED: another writer owns this volume; nothing more is shipped from here".into()
-        } else if self.role == "reader" {
-            "read-only".into()
-        } else if self.in_sync {
-            "in sync with the embassy".into()
-        } else {
-            format!("BEHIND by {}: {} unsent", seconds(self.lag_seconds), self.unsent_in_words())
+            return "FENCED: another writer owns this volume; nothing more is shipped from here".into();
+        }
+        let mut words = Vec::new();
+        if self.last_error.is_some() {
+            words.push("ERROR (see last error)");
+        }
+        if self.role == "reader" {
+            words.push("read-only");
+            return words.join(", ");
+        }
+        if !self.in_sync {
+            words.push("OUT OF SYNC with the embassy");
+        }
+        match self.waiting_in_words() {
+            None if words.is_empty() => "in sync with the embassy".into(),
+            None => words.join(", "),
+            Some(waiting) => {
+                if words.is_empty() {
+                    words.push("shipping");
+                }
+                format!("{}: {waiting}, lag {}", words.join(", "), seconds(self.lag_seconds))
+            }
         }
     }
+
+    /// How the volume was left, if this is the last status of a daemon that has ended.
+    pub fn ending(&self) -> Ending {
+        // With all commits sent, only a fence or a failed log leaves the volume out of sync. A failed log may have
+        // taken changes with it that have no bytes to count, such as new names.
+        let failed = self.role == "writer" && !self.in_sync && !self.fenced && !self.has_unsent_commits();
+        if self.dirty_bytes > 0 || failed {
+            Ending::Lost
+        } else if !self.has_unsent_commits() {
+            Ending::Clean
+        } else if self.fenced {
+            Ending::Fenced
+        } else {
+            Ending::Unsent
+        }
+    }
+
+    /// What [`Status::ending`] says, in words for who has to act on it; `None` when all is in the embassy.
+    pub fn ending_in_words(&self) -> Option<String> {
+        let mut parts = Vec::new();
+        match (self.ending(), self.dirty_bytes) {
+            (Ending::Clean, _) => return None,
+            (Ending::Lost, 0) => {
+                parts.push("LOST: what was changed after the last commit, if anything".into())
+            }
+            (Ending::Lost, n) => parts.push(format!("LOST: {} that were never committed", bytes(n))),
+            _ => {}
+        }
+        if self.has_unsent_commits() {
+            let (unsent, state) = (self.unsent_in_words(), &self.state);
+            parts.push(if self.fenced {
+                format!(
+                    "unsent: {unsent}; another writer owns the volume, so this is never shipped from here; the unsent \
+                     segments stay in {state}"
+                )
+            } else {
+                format!("unsent: {unsent}, kept in {state}; the next mount with this state directory ships it")
+            });
+        }
+        if let Some(error) = &self.last_error {
+            parts.push(format!("last error: {error}"));
+        }
+        Some(parts.join("; "))
+    }
+}
+
+/// How an ended daemon has left its volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// All is in the embassy.
+    Clean,
+    /// Commits are only in the state directory; the next mount ships them.
+    Unsent,
+    /// Commits are only in the state directory, and another writer owns the volume: nothing ships them.
+    Fenced,
+    /// Changes were never committed and are lost.
+    Lost,
+}
+
+fn count(n: u64, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
 impl fmt::Display for Status {
@@ -141,7 +252,7 @@ impl fmt::Display for Status {
                 n => format!("{} (fell back to the local spool {n} times)", self.protection),
             };
             writeln!(f, "  protection    {level}")?;
-            writeln!(f, "  unsent        {}", self.unsent_in_words())?;
+            writeln!(f, "  unsent        {}", self.waiting_in_words().as_deref().unwrap_or("nothing"))?;
             writeln!(f, "  lag           {}", seconds(self.lag_seconds))?;
         }
         writeln!(f, "  cache         {}", bytes(self.cache_bytes))?;
@@ -251,6 +362,56 @@ mod tests {
         assert_eq!(seconds(0.42), "0.4 s");
         assert_eq!(seconds(3723.0), "1 h 2 min");
         assert_eq!(seconds(f64::NAN), "unknown");
+    }
+
+    fn writer(commit: u64, durable: u64) -> Status {
+        let point = |no| Some(CommitPoint { no, ..CommitPoint::default() }).filter(|p| p.no > 0);
+        let (last_commit, last_durable) = (point(commit), point(durable));
+        let (role, state) = ("writer".into(), "/s".into());
+        Status { role, state, in_sync: true, last_commit, last_durable, ..Status::default() }
+    }
+
+    #[test]
+    fn a_commit_that_is_not_durable_is_unsent_whatever_the_bytes_say() {
+        assert!(!writer(7, 7).has_unsent() && !writer(0, 0).has_unsent());
+        assert!(writer(8, 7).has_unsent() && !writer(1, 0).has_unsent());
+        assert!(Status { lag_seconds: 0.1, ..writer(1, 0) }.has_unsent());
+        assert_eq!(writer(9, 7).unsent_in_words(), "2 commits");
+        assert!(!Status { role: "reader".into(), ..writer(8, 7) }.has_unsent());
+    }
+
+    #[test]
+    fn the_headline_never_hides_what_is_unsent_or_wrong() {
+        let ok = writer(7, 7);
+        assert_eq!(ok.headline(), "in sync with the embassy");
+        let shipping = Status { unsent_bytes: 1 << 20, unsent_segments: 1, lag_seconds: 2.0, ..writer(8, 7) };
+        assert_eq!(shipping.headline(), "shipping: 1.0 MiB in 1 segment unsent, lag 2.0 s");
+        assert!(Status { dirty_bytes: 5, ..ok.clone() }.headline().starts_with("shipping: 5 B not yet"));
+        let out = Status { in_sync: false, ..shipping };
+        assert!(out.headline().starts_with("OUT OF SYNC with the embassy: 1.0 MiB"), "{}", out.headline());
+        let error = Status { last_error: Some("x".into()), ..out };
+        assert!(error.headline().starts_with("ERROR (see last error), OUT OF SYNC"), "{}", error.headline());
+        assert!(Status { fenced: true, ..error }.headline().starts_with("FENCED"));
+        assert_eq!(Status { last_error: Some("x".into()), ..ok }.headline(), "ERROR (see last error)");
+    }
+
+    #[test]
+    fn what_is_left_behind_is_promised_only_when_it_is_kept() {
+        let words = |s: &Status| s.ending_in_words().unwrap_or_default();
+        assert_eq!((writer(7, 7).ending(), words(&writer(7, 7))), (Ending::Clean, String::new()));
+        let unsent = writer(8, 7);
+        assert_eq!(unsent.ending(), Ending::Unsent);
+        assert!(words(&unsent).contains("1 commit, kept in /s; the next mount"), "{}", words(&unsent));
+        let fenced = Status { fenced: true, in_sync: false, ..unsent.clone() };
+        assert_eq!(fenced.ending(), Ending::Fenced);
+        assert!(words(&fenced).contains("another writer") && !words(&fenced).contains("next mount"));
+        let lost = Status { dirty_bytes: 2048, last_error: Some("disk full".into()), ..unsent };
+        assert_eq!(lost.ending(), Ending::Lost);
+        assert!(words(&lost).starts_with("LOST: 2.0 KiB that were never committed; unsent: 1 commit, kept"));
+        assert!(words(&lost).ends_with("last error: disk full"));
+        // A failed log that has taken only names with it.
+        let failed = Status { in_sync: false, ..writer(7, 7) };
+        assert!(failed.ending() == Ending::Lost && words(&failed).contains("after the last commit"));
     }
 
     #[test]
