@@ -3,7 +3,7 @@
 //! the local disk; until then the frozen changes stay in memory and in the replay.
 
 use super::Fs;
-use super::commit::Shipping;
+use super::commit::{Shipping, close_and_ship};
 use super::state::State;
 use crate::log::writer::LogWriter;
 use crate::log::{self, Append};
@@ -151,7 +151,7 @@ fn run(fs: &Fs, log: &Mutex<LogWriter>, shipping: &dyn Shipping, frozen: &Frozen
             other => break other?,
         }
     };
-    let (root, closed) = {
+    let root = {
         let mut log = log.lock();
         let root = Root {
             tree: merged.tree.root,
@@ -163,9 +163,9 @@ fn run(fs: &Fs, log: &Mutex<LogWriter>, shipping: &dyn Shipping, frozen: &Frozen
             root_seq: log.current_seq(),
         };
         log.append(FrameKind::Root, &root.encode())?;
-        (root, log.close()?) // closed: durable, and never truncated by a recovery
+        close_and_ship(&mut log, shipping)?; // closed: durable, and never truncated by a recovery
+        root
     };
-    closed.into_iter().for_each(|segment| shipping.closed(segment));
     shipping.checkpoint(CheckpointOutcome { root, pages: merged.pages_written, dead: merged.dead })?;
     let mut state = fs.state.lock();
     state.tree = merged.tree;
@@ -195,8 +195,8 @@ fn append_page(
 ) -> log::Result<FramePtr> {
     let mut log = log.lock();
     let ptr = log.append(FrameKind::Page, page)?;
-    let closed = if log.open_len() >= segment_size { log.close()? } else { None };
-    drop(log);
-    closed.into_iter().for_each(|segment| shipping.closed(segment));
+    if log.open_len() >= segment_size {
+        close_and_ship(&mut log, shipping)?;
+    }
     Ok(ptr)
 }

@@ -34,7 +34,7 @@ const IDLE_SLEEP: Duration = Duration::from_secs(5);
 pub trait Shipping: Send + Sync {
     /// The commit, and all before it, is durable on the local disk.
     fn committed(&self, commit: CommitNo);
-    /// A segment is complete and durable on the local disk.
+    /// A segment is complete and durable on the local disk. Called in the order of the chain, with the log locked.
     fn closed(&self, segment: ClosedSegment);
     /// A checkpoint is ready; its pages and its root are durable on the local disk.
     fn checkpoint(&self, checkpoint: super::CheckpointOutcome) -> log::Result<()>;
@@ -281,7 +281,8 @@ impl Committer {
     /// was taken for a commit is given up for a full disk.
     fn with_room<T>(&self, mut op: impl FnMut(&mut LogWriter) -> log::Result<T>) -> log::Result<T> {
         loop {
-            match op(&mut self.log.lock()) {
+            let done = op(&mut self.log.lock()); // and the lock is free again while we wait
+            match done {
                 Err(e) if e.is_no_space() => {
                     self.fs.set_no_space(true);
                     ::log::error!("a commit waits for room on the spool's disk: {e}");
@@ -328,16 +329,20 @@ impl Committer {
         self.log.lock().set_stored(self.shipping.stored());
         self.with_room(|log| log.append_commit(taken.no, time, &parts))?;
         let close = close || self.log.lock().open_len() >= self.fs.settings.segment_size;
-        let segment = self.with_room(|log| if close { log.close() } else { log.sync().map(|()| None) })?;
+        match close {
+            true => self.close()?,
+            false => {
+                let open = self.with_room(|log| log.sync().map(|()| log.open_len()))?;
+                self.fs.open_segment.store(open, Ordering::Relaxed);
+            }
+        }
         drop(parts);
-        self.fs.open_segment.store(self.log.lock().open_len(), Ordering::Relaxed);
         self.committed = taken.no;
         self.counters = counters;
         self.publish(changes, counters);
         self.shipping.committed(taken.no);
-        if segment.is_some() {
+        if close {
             self.closed = taken.no;
-            self.ship(segment);
         }
         dead.into_iter().for_each(|ptr| self.shipping.dead(ptr));
         Ok(())
@@ -408,18 +413,10 @@ impl Committer {
     }
 
     fn close(&mut self) -> log::Result<()> {
-        let segment = self.with_room(LogWriter::close)?;
+        self.log_bytes += self.with_room(|log| close_and_ship(log, &*self.shipping))?;
         self.fs.open_segment.store(0, Ordering::Relaxed);
         self.closed = self.committed;
-        self.ship(segment);
         Ok(())
-    }
-
-    fn ship(&mut self, segment: Option<ClosedSegment>) {
-        if let Some(segment) = segment {
-            self.log_bytes += segment.len;
-            self.shipping.closed(segment);
-        }
     }
 
     /// Hands everything committed so far to the checkpointer. The segment ends here, so that a replay from the
@@ -451,6 +448,16 @@ impl Committer {
         }
         Ok(())
     }
+}
+
+/// Closes the open segment, if there is one, and hands it over before anybody else can close the next: segments
+/// are shipped in the order of the chain, because who waits for one is told when a later one is there. Returns the
+/// segment's bytes.
+pub(super) fn close_and_ship(log: &mut LogWriter, shipping: &dyn Shipping) -> log::Result<u64> {
+    let Some(segment) = log.close()? else { return Ok(0) };
+    let len = segment.len;
+    shipping.closed(segment);
+    Ok(len)
 }
 
 impl Fs {

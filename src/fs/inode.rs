@@ -108,8 +108,13 @@ impl Fs {
             inode.mtime = mtime.unwrap_or(now);
         }
         inode.ctime = now;
+        let inode = inode.clone();
         tx.apply();
-        self.getattr(ino)
+        // Nothing may fail any more: where the space cannot be counted from here, the size stands in for it until
+        // the next `stat`.
+        let mut state = self.state.lock();
+        let counted = self.attr_of(&mut state, ino, inode.clone());
+        Ok(counted.unwrap_or_else(|_| Attr { ino, blocks: inode.size.div_ceil(4096) * 8, inode }))
     }
 
     /// The value of an extended attribute; `ENODATA` when it has none of that name.

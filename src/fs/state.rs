@@ -163,6 +163,9 @@ impl State {
 
     pub fn put(&mut self, key: Key, value: Option<Value>) {
         self.active_weight += weight(&key, &value);
+        if let Some(old) = self.active.get(&key) {
+            self.active_weight -= weight(&key, old);
+        }
         self.active.insert(key, value);
     }
 
@@ -236,6 +239,9 @@ impl Fs {
         let st = self.state.lock();
         if st.failed.is_some() {
             return os(libc::EROFS);
+        }
+        if st.memtable_weight() >= MEMTABLES_MAX * self.settings.memtable_max {
+            return Err(Error::Busy);
         }
         Ok(Tx { fs: self, st, now: self.env.clock.now(), inodes: Vec::new(), puts: Vec::new() })
     }

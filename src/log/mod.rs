@@ -120,4 +120,6 @@ pub struct ClosedSegment {
     pub head: crate::types::Head,
     /// The newest commit in it, or before it when it holds none.
     pub last_commit: CommitNo,
+    /// What its trailer says the store was known to hold when it was closed; 0 when nothing was known.
+    pub stored: Seq,
 }

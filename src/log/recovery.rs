@@ -32,6 +32,8 @@ pub enum Role {
 pub enum Step {
     /// It was applied; the next one please.
     Continue,
+    /// It was applied, and the version that was asked for ends with it.
+    Last,
     /// It was not applied: the version that was asked for ends before it.
     Stop,
 }
@@ -89,6 +91,13 @@ pub async fn recover(
 ) -> Result<Recovered> {
     let mut spool = read_spool(ctx, dir).await?;
     let listed = list(store, &spool, &start, role).await?;
+    if role == Role::Writer && listed.is_none() && spool.newest().is_none() && start.prev.is_none() {
+        return Err(Error::Refused(
+            "nothing of the volume is in the state directory and the store does not answer, so what is there cannot \
+             be known: mount again when it answers"
+                .into(),
+        ));
+    }
     if let (Role::Writer, Some(store)) = (role, store) {
         refuse_takeover(ctx, dir, store, &spool, listed.as_deref(), &start).await?;
     }
@@ -149,8 +158,8 @@ async fn read_spool(ctx: &VolumeContext, dir: &StateDir) -> Result<Spool> {
         match trailer {
             // Only here the body is looked at: the others were durable before their successors were begun.
             Some((trailer, head)) if super::torn::body_holds(&trailer, &bytes) => {
-                let last_commit = trailer.last_commit;
-                spool.closed.push(ClosedSegment { path, len, head, last_commit });
+                let (last_commit, stored) = (trailer.last_commit, trailer.stored);
+                spool.closed.push(ClosedSegment { path, len, head, last_commit, stored });
             }
             _ => spool.torn = Some((seq, bytes)),
         }
@@ -159,7 +168,8 @@ async fn read_spool(ctx: &VolumeContext, dir: &StateDir) -> Result<Spool> {
     for (seq, len) in found {
         let path = dir.log_path(seq);
         let end = Source { seq, place: Place::File(path.clone()) }.trailer(ctx).await?;
-        older.push(ClosedSegment { path, len, head: end.head, last_commit: end.trailer.last_commit });
+        let (last_commit, stored) = (end.trailer.last_commit, end.trailer.stored);
+        older.push(ClosedSegment { path, len, head: end.head, last_commit, stored });
     }
     older.append(&mut spool.closed);
     spool.closed = older;
@@ -288,6 +298,11 @@ impl Replay {
             }
             match apply(commit.no, commit.time, seq, &commit.bodies)? {
                 Step::Continue => self.walk.last_commit = commit.no,
+                Step::Last => {
+                    self.walk.last_commit = commit.no;
+                    self.stopped = true;
+                    return Ok(());
+                }
                 Step::Stop => {
                     self.stopped = true;
                     return Ok(());

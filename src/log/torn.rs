@@ -75,7 +75,7 @@ impl Torn {
             .map_err(wrap)?;
         dir.sync_dir("log")?;
         let len = end + closing.bytes.len() as u64;
-        Ok(Some(ClosedSegment { path, len, head: closing.head, last_commit }))
+        Ok(Some(ClosedSegment { path, len, head: closing.head, last_commit, stored: Seq(0) }))
     }
 }
 

@@ -265,6 +265,7 @@ impl LogWriter {
             len: written + closing.bytes.len() as u64,
             head: closing.head,
             last_commit: self.last_commit,
+            stored: self.stored,
         }))
     }
 

@@ -254,7 +254,10 @@ impl Durable {
         self.change(|state| {
             if commit > state.at.local {
                 state.at.local = commit;
-                state.mark(commit, now);
+                // Its segment may have been closed, sent and confirmed before the committer came to say so.
+                if commit > state.at.remote {
+                    state.mark(commit, now);
+                }
             }
         });
     }

@@ -78,16 +78,16 @@ pub(super) async fn reach<'a>(
 }
 
 /// The volume's superblock: from the store, which must agree with the copy pinned here; from the pinned copy alone
-/// when the store does not answer.
+/// when the store does not answer. With it what is to be pinned once the volume has been opened.
 pub(super) async fn superblock(
     store: Option<&dyn Store>,
     dir: &StateDir,
     key: &KeyFile,
-) -> Result<Superblock> {
+) -> Result<(Superblock, Option<Bytes>)> {
     let pinned = dir.read(volume::NAME)?;
     let (superblock, bytes) = match (store, &pinned) {
         (Some(store), _) => crate::ops::init::load_superblock(store, key).await?,
-        (None, Some(pinned)) => return UnverifiedSuperblock::parse(pinned)?.verify(key),
+        (None, Some(pinned)) => return Ok((UnverifiedSuperblock::parse(pinned)?.verify(key)?, None)),
         (None, None) => return Err(Error::Refused("neither the store nor this host has the volume".into())),
     };
     match pinned {
@@ -99,11 +99,8 @@ pub(super) async fn superblock(
                 dir.root().display()
             ),
         )),
-        Some(_) => Ok(superblock),
-        None => {
-            dir.write_atomic(volume::NAME, &bytes)?;
-            Ok(superblock)
-        }
+        Some(_) => Ok((superblock, None)),
+        None => Ok((superblock, Some(bytes))),
     }
 }
 
@@ -135,7 +132,7 @@ pub(super) async fn recover(
             counters = Some(new);
             (time, last) = (Some(at), no);
         }
-        Ok(Step::Continue)
+        Ok(if version == Version::Commit(no) { Step::Last } else { Step::Continue })
     };
     let recovered = recovery::recover(ctx, dir, env, store, start, role, &mut apply).await?;
     if last == CommitNo(0) && version != Version::Newest {

@@ -162,12 +162,12 @@ impl Drop for Uploader {
 async fn run(shared: Arc<Shared>, mut incoming: mpsc::UnboundedReceiver<Upload>, in_flight: usize) {
     let mut halt = shared.halt.subscribe();
     let mut segments = VecDeque::new();
+    let mut alone = false;
     let mut checkpoints: VecDeque<(String, Bytes, Seq)> = VecDeque::new();
     let mut flying = FuturesOrdered::new();
     let mut saving: Option<BoxFuture<'static, ()>> = None;
     loop {
-        while flying.len() < in_flight {
-            let Some(segment) = segments.pop_front() else { break };
+        while let Some(segment) = next_to_send(&mut segments, flying.len(), &mut alone, in_flight) {
             flying.push_back(send_segment(shared.clone(), segment));
         }
         if saving.is_none() {
@@ -193,6 +193,25 @@ async fn run(shared: Arc<Shared>, mut incoming: mpsc::UnboundedReceiver<Upload>,
             },
         }
     }
+}
+
+/// The segment to send now, if any. One whose trailer does not know what the store holds goes alone: a reader abroad
+/// could not tell a gap before it from a loss.
+fn next_to_send(
+    segments: &mut VecDeque<ClosedSegment>,
+    flying: usize,
+    alone: &mut bool,
+    in_flight: usize,
+) -> Option<ClosedSegment> {
+    if flying == 0 {
+        *alone = false;
+    }
+    let wants_alone = segments.front()?.stored == Seq(0);
+    if *alone || flying >= in_flight || (wants_alone && flying > 0) {
+        return None;
+    }
+    *alone = wants_alone;
+    segments.pop_front()
 }
 
 /// Waits for the future in `slot`; for ever when there is none.

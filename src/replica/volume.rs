@@ -32,6 +32,8 @@ use tokio::runtime::Handle;
 const LOCAL_CHECKPOINTS: usize = 2;
 /// Pause between two attempts of a commit that waits for the link or for room.
 const PAUSE: Duration = Duration::from_secs(1);
+/// An operation must be able to hold what it needs at once, in bytes.
+const FRAME_CACHE_MIN: usize = 8 << 20;
 /// Segment files kept open for reading.
 const OPEN_FILES: usize = 128;
 /// How often the spool's free space is looked at.
@@ -101,12 +103,15 @@ impl Volume {
         let store = options.store.clone();
         let role = if options.read_only { Role::Reader } else { Role::Writer };
         let reached = runtime.block_on(opening::reach(&*store, &dir, role))?;
-        let superblock = runtime.block_on(opening::superblock(reached, &dir, &options.key))?;
+        let (superblock, to_pin) = runtime.block_on(opening::superblock(reached, &dir, &options.key))?;
         let ctx = Arc::new(context(&options.key, &superblock)?);
         let (env, version) = (&options.env, options.version);
         let opened = runtime.block_on(opening::recover(&ctx, &dir, env, reached, role, version))?;
+        if let Some(bytes) = to_pin {
+            dir.write_atomic(log::volume::NAME, &bytes)?; // only a volume that could be opened is pinned
+        }
         let limits = ReaderLimits {
-            frame_cache_bytes: options.frame_cache,
+            frame_cache_bytes: options.frame_cache.max(FRAME_CACHE_MIN),
             disk_cache_bytes: options.disk_cache,
             open_files: OPEN_FILES,
         };
@@ -333,7 +338,7 @@ fn free_orphan(fs: &Fs, ino: Ino, reader: &FrameReader, runtime: &Handle) {
     }
 }
 
-/// Which of the local segments the store has. When it does not answer, none: they are offered again, and the
+/// Which of the local segments the store has, up to the first that it has not. When it does not answer, none: they are offered again, and the
 /// uploader finds out that they are the same.
 async fn split_sent(store: Option<&dyn Store>, opened: &Opened) -> (Vec<ClosedSegment>, Vec<ClosedSegment>) {
     let local = opened.recovered.local.clone();
@@ -345,7 +350,12 @@ async fn split_sent(store: Option<&dyn Store>, opened: &Opened) -> (Vec<ClosedSe
         after = last.name.clone();
         there.extend(page.into_iter().map(|object| (object.name, object.size)));
     }
-    local.into_iter().partition(|s| there.contains(&(log::segment::segment_name(s.head.seq), s.len)))
+    // Uploads run side by side: what lies behind a gap is offered again, and found to be there already.
+    let mut gap = false;
+    local.into_iter().partition(|segment| {
+        gap |= !there.contains(&(log::segment::segment_name(segment.head.seq), segment.len));
+        !gap
+    })
 }
 
 /// Keeps the file system told whether the spool's disk has room for what memory may still hold.

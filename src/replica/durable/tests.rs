@@ -82,6 +82,7 @@ fn segment(n: u64) -> ClosedSegment {
         len: 100,
         head: Head { seq: Seq(n), hash: Hash::default() },
         last_commit: CommitNo(n),
+        stored: Seq(1),
     }
 }
 

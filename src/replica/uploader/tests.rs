@@ -55,7 +55,13 @@ impl Rig {
         let path = self.dir.path().join(Seq(n).to_string());
         std::fs::write(&path, &body).unwrap();
         let head = Head { seq: Seq(n), hash: Hash::default() };
-        ClosedSegment { path, len: body.len() as u64, head, last_commit: CommitNo(n * 10) }
+        ClosedSegment {
+            path,
+            len: body.len() as u64,
+            head,
+            last_commit: CommitNo(n * 10),
+            stored: Seq(n.max(1) - 1).max(Seq(1)),
+        }
     }
 
     fn push(&self, uploader: &Uploader, n: u64) {
