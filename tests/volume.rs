@@ -1,144 +1,16 @@
 //! The core without a kernel: a writer at home, a directory as the store, a reader with an empty state directory.
 #![allow(clippy::unwrap_used)]
 
-use embassyfs::clock::Env;
-use embassyfs::crypto::keyfile::KeyFile;
-use embassyfs::crypto::slots::Argon2Params;
-use embassyfs::fs::{self, Caller, Fs, NewNode, SetAttr, XattrMode};
+mod common;
+
+use common::{ROOT_USER, World, content, create, node, noise};
+use embassyfs::fs::{SetAttr, XattrMode};
 use embassyfs::log::volume::Parameters;
-use embassyfs::ops::init::{InitParams, READER_KEY, WRITER_KEY, init};
 use embassyfs::replica::Version;
-use embassyfs::replica::durable::Protection;
-use embassyfs::replica::volume::{OpenOptions, Volume};
-use embassyfs::store::Store;
-use embassyfs::store::local::LocalStore;
+use embassyfs::replica::volume::Volume;
 use embassyfs::tree::value::FileType;
 use embassyfs::types::{CommitNo, Ino};
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::mpsc::channel;
 use std::time::Duration;
-use tokio::runtime::{Builder, Runtime};
-
-struct World {
-    dir: tempfile::TempDir,
-    runtime: Runtime,
-    store: Arc<dyn Store>,
-}
-
-impl World {
-    fn new(parameters: Parameters) -> World {
-        let dir = tempfile::tempdir().unwrap();
-        let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        let store: Arc<dyn Store> = Arc::new(LocalStore::new(dir.path().join("store")));
-        let params = InitParams {
-            name: "land".into(),
-            passphrase: None,
-            argon: Argon2Params::default(),
-            parameters,
-            keys_dir: dir.path().join("keys"),
-        };
-        runtime.block_on(init(&*store, &Env::system(), params)).unwrap();
-        World { dir, runtime, store }
-    }
-
-    fn key(&self, name: &str) -> KeyFile {
-        KeyFile::load(&self.dir.path().join("keys").join(name)).unwrap()
-    }
-
-    fn options(&self, state: &str) -> OpenOptions {
-        OpenOptions {
-            store: self.store.clone(),
-            key: self.key(WRITER_KEY),
-            state: self.state(state),
-            env: Env::system(),
-            version: Version::Newest,
-            read_only: false,
-            protection: Protection::Local,
-            sync_timeout: Duration::from_secs(10),
-            disk_cache: 64 << 20,
-            frame_cache: 8 << 20,
-            dirty_max: 16 << 20,
-            uploads: 4,
-            size_limit: None,
-        }
-    }
-
-    fn state(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn home(&self) -> Volume {
-        Volume::open(self.options("home"), self.runtime.handle()).unwrap()
-    }
-
-    fn embassy(&self, state: &str, version: Version) -> embassyfs::log::Result<Volume> {
-        let key = self.key(READER_KEY);
-        let options = OpenOptions { key, read_only: true, version, ..self.options(state) };
-        Volume::open(options, self.runtime.handle())
-    }
-
-    fn sync(&self, volume: &Volume) -> CommitNo {
-        let (sender, receiver) = channel();
-        let commit = volume.fs.sync_point();
-        volume.when_remote(Duration::from_secs(20), Box::new(move |r| sender.send(r).unwrap()));
-        receiver.recv_timeout(Duration::from_secs(30)).unwrap().unwrap();
-        commit
-    }
-
-    /// Runs an operation as the FUSE side does: fetch what is missing, wait for room, try again.
-    fn run<T>(&self, volume: &Volume, mut op: impl FnMut(&Fs) -> fs::Result<T>) -> fs::Result<T> {
-        loop {
-            match op(&volume.fs) {
-                Err(fs::Error::Busy) => {
-                    let (sender, receiver) = channel();
-                    volume.fs.when_space(Box::new(move || sender.send(()).unwrap()));
-                    receiver.recv_timeout(Duration::from_secs(30)).unwrap();
-                }
-                Err(e) if e.missing().is_some() => {
-                    self.runtime.block_on(volume.fetch(e.missing().unwrap())).unwrap();
-                }
-                other => return other,
-            }
-        }
-    }
-}
-
-const ROOT_USER: Caller = Caller { uid: 0, gid: 0 };
-
-fn node(kind: FileType, mode: u32) -> NewNode<'static> {
-    NewNode { kind, mode, rdev: 0, target: b"" }
-}
-
-fn create(world: &World, volume: &Volume, dir: Ino, name: &str, data: &[u8]) -> Ino {
-    let make = |fs: &Fs| fs.make(dir, name.as_bytes(), &node(FileType::Regular, 0o640), ROOT_USER);
-    let ino = world.run(volume, make).unwrap().ino;
-    for (i, chunk) in data.chunks(4096).enumerate() {
-        world.run(volume, |fs| fs.write(ino, 4096 * i as u64, chunk, false)).unwrap();
-    }
-    ino
-}
-
-fn content(world: &World, volume: &Volume, dir: Ino, name: &str) -> Vec<u8> {
-    let attr = world.run(volume, |fs| fs.lookup(dir, name.as_bytes())).unwrap();
-    let mut out = Vec::new();
-    while (out.len() as u64) < attr.inode.size {
-        out.extend(world.run(volume, |fs| fs.read(attr.ino, out.len() as u64, 1 << 20)).unwrap());
-    }
-    out
-}
-
-/// Bytes that differ at every place and do not shrink.
-fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut step = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state as u8
-    };
-    (0..len).map(|_| step()).collect()
-}
 
 #[test]
 fn what_home_wrote_is_read_abroad_and_survives_a_restart() {

@@ -1,0 +1,174 @@
+//! One test per bug that was found by attacking the program, with its cause above it.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use bytes::Bytes;
+use common::{ROOT_USER, World, content, create, node};
+use embassyfs::log::volume::Parameters;
+use embassyfs::replica::Version;
+use embassyfs::replica::durable::Protection;
+use embassyfs::replica::volume::{OpenOptions, Volume};
+use embassyfs::store::fault::{FaultStore, Faults};
+use embassyfs::store::memory::MemoryStore;
+use embassyfs::store::{ObjectInfo, Store, StoreError};
+use embassyfs::tree::value::FileType;
+use embassyfs::types::{CommitNo, Ino};
+use futures::future::BoxFuture;
+use std::ops::Range;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// A store that notes the order in which objects arrive.
+struct Recorder {
+    inner: MemoryStore,
+    order: Mutex<Vec<String>>,
+}
+
+impl Store for Recorder {
+    fn put_new(&self, name: &str, body: Bytes) -> BoxFuture<'_, Result<(), StoreError>> {
+        self.order.lock().unwrap().push(name.to_string());
+        self.inner.put_new(name, body)
+    }
+    fn get_range(&self, name: &str, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, StoreError>> {
+        self.inner.get_range(name, range)
+    }
+    fn get_suffix(&self, name: &str, len: u64) -> BoxFuture<'_, Result<(Bytes, u64), StoreError>> {
+        self.inner.get_suffix(name, len)
+    }
+    fn list(
+        &self,
+        prefix: &str,
+        after: Option<&str>,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<Vec<ObjectInfo>, StoreError>> {
+        self.inner.list(prefix, after, limit)
+    }
+    fn delete(&self, name: &str) -> BoxFuture<'_, Result<(), StoreError>> {
+        self.inner.delete(name)
+    }
+    fn describe(&self) -> String {
+        "recorder".into()
+    }
+}
+
+/// Committer and checkpointer closed segments under the log's lock and handed them over behind it, so that a later
+/// one could overtake; who waited for the earlier was then told that the store had it.
+#[test]
+fn segments_are_shipped_in_the_order_of_the_chain() {
+    let recorder = Arc::new(Recorder { inner: MemoryStore::new(), order: Mutex::default() });
+    let parameters = Parameters { segment_size: 1 << 20, ..Parameters::default() };
+    let world = World::over(recorder.clone(), tempfile::tempdir().unwrap(), parameters);
+    let options = OpenOptions { protection: Protection::Available, uploads: 1, ..world.options("home") };
+    let home = Volume::open(options, world.runtime.handle()).unwrap();
+    // Enough names for several checkpoints, with somebody in fsync all the time.
+    for i in 0..60_000 {
+        let name = format!("register entry with a rather long name {i:060}");
+        let made = world
+            .run(&home, |fs| fs.make(Ino::ROOT, name.as_bytes(), &node(FileType::Regular, 0o600), ROOT_USER));
+        made.unwrap();
+        if i % 50 == 0 {
+            let commit = home.fs.sync_point();
+            home.fs.request_commit(commit, true);
+            home.durable().unwrap().wait(commit, Box::new(|answer| answer.unwrap()));
+        }
+    }
+    home.close(Duration::from_secs(30));
+    let order: Vec<String> = recorder.order.lock().unwrap().clone();
+    assert!(order.iter().any(|name| name.starts_with("checkpoint/")), "there was no checkpoint to race with");
+    let segments: Vec<_> = order.iter().filter(|name| name.starts_with("log/")).collect();
+    assert!(segments.len() > 20);
+    assert!(segments.is_sorted(), "{segments:?}");
+}
+
+/// With the store away, a pinned `volume.json` alone was enough to open for writing: an empty volume.
+#[test]
+fn a_host_that_holds_nothing_of_the_volume_does_not_open_it_without_the_store() {
+    let faults = Arc::new(FaultStore::new(Arc::new(MemoryStore::new()), 1, Faults::default()));
+    let world = World::over(faults.clone(), tempfile::tempdir().unwrap(), Parameters::default());
+    let home = world.home();
+    create(&world, &home, Ino::ROOT, "register", b"x");
+    world.sync(&home);
+    let opened = |state| Volume::open(world.options(state), world.runtime.handle()).map(|_| ());
+    assert!(opened("other").unwrap_err().to_string().contains("promote"));
+    let pinned = std::fs::read(world.state("home").join("volume.json")).unwrap();
+    std::fs::write(world.state("other").join("volume.json"), pinned).unwrap();
+    faults.set_outage(true);
+    let refused = opened("other").unwrap_err().to_string();
+    assert!(refused.contains("does not answer"), "{refused}");
+    // Home itself goes on from what it holds.
+    home.close(Duration::ZERO);
+    drop(home);
+    let home = world.home();
+    assert_eq!(content(&world, &home, Ino::ROOT, "register"), b"x");
+    home.close(Duration::ZERO);
+}
+
+/// Only a commit beyond the one that was asked for ended a replay, so a version that ends at a gap was refused.
+#[test]
+fn the_last_version_before_a_lost_segment_can_be_mounted() {
+    let world = World::new(Parameters::default());
+    let home = world.home();
+    let mut commits = Vec::new();
+    for i in 0..4 {
+        create(&world, &home, Ino::ROOT, &format!("f{i}"), b"x");
+        commits.push(world.sync(&home));
+    }
+    home.close(Duration::ZERO);
+    let names = world.runtime.block_on(world.store.list("log/", None, 100)).unwrap();
+    let checkpoints = world.runtime.block_on(world.store.list("checkpoint/", None, 100)).unwrap();
+    for object in checkpoints {
+        world.runtime.block_on(world.store.delete(&object.name)).unwrap();
+    }
+    // One segment for each commit; the third is lost.
+    world.runtime.block_on(world.store.delete(&names[2].name)).unwrap();
+    let open = |commit: CommitNo| world.embassy(&format!("at{}", commit.0), Version::Commit(commit));
+    let last = open(commits[1]).unwrap();
+    assert_eq!(content(&world, &last, Ino::ROOT, "f1"), b"x");
+    let lost = open(commits[3]).map(|_| ()).unwrap_err().to_string();
+    assert!(lost.contains(&names[2].name), "{lost}");
+}
+
+/// A segment that had overtaken a cut-off one counted as sent, so nobody ever heard that all was there.
+#[test]
+fn after_uploads_that_were_cut_off_out_of_order_everything_is_sent_in_the_end() {
+    let world = World::new(Parameters::default());
+    let home = world.home();
+    for i in 0..3 {
+        create(&world, &home, Ino::ROOT, &format!("f{i}"), b"x");
+        world.sync(&home);
+    }
+    home.close(Duration::ZERO);
+    drop(home);
+    let spool = std::fs::read_dir(world.state("home").join("log")).unwrap();
+    let mut names: Vec<_> = spool.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    assert!(!names.is_empty());
+    let first = format!("log/{}", names[0]);
+    world.runtime.block_on(world.store.delete(&first)).unwrap();
+    let home = world.home();
+    world.sync(&home);
+    assert_eq!(home.durable().unwrap().snapshot().unsent_segments, 0);
+    assert!(world.runtime.block_on(world.store.get_suffix(&first, 1)).is_ok());
+    home.close(Duration::from_secs(10));
+}
+
+/// Replacing a key in memory counted as another one: a log file of many small writes called for checkpoints.
+#[test]
+fn writing_one_file_again_and_again_does_not_fill_the_memtable() {
+    let world = World::new(Parameters::default());
+    let home = world.home();
+    let file = create(&world, &home, Ino::ROOT, "f", b"");
+    let before = home.fs.memtable_bytes();
+    for i in 0..2000 {
+        world.run(&home, |fs| fs.write(file, i * 8, &[1; 8], false)).unwrap();
+    }
+    let (sender, receiver) = channel();
+    let commit = home.fs.sync_point();
+    home.fs.request_commit(commit, false);
+    home.durable().unwrap().wait(commit, Box::new(move |answer| sender.send(answer).unwrap()));
+    receiver.recv_timeout(Duration::from_secs(20)).unwrap().unwrap();
+    assert!(home.fs.memtable_bytes() < before + 4096, "{} bytes", home.fs.memtable_bytes());
+    home.close(Duration::ZERO);
+}
