@@ -3,6 +3,7 @@
 
 use super::exit::{ExitCode, Failure};
 use super::seam::{OpenRequest, Served};
+use crate::clock::Env;
 use crate::fuse::adapter;
 use crate::fuse::mount::MountSettings;
 use crate::fuse::serve::{Backend, Requests};
@@ -178,7 +179,7 @@ impl Served for Session {
     ) -> Result<(), Failure> {
         let backend: Arc<dyn Backend> = self.control.clone();
         let requests = Requests::new(self.control.volume.fs.clone(), backend, self.runtime.handle().clone());
-        adapter::serve(requests, fuse_fd, ready)
+        adapter::serve(requests, fuse_fd, Env::system().clock, ready)
             .map_err(|e| Failure::from_error(ExitCode::Failed, "serving the kernel", &e))
     }
 

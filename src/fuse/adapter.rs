@@ -3,7 +3,9 @@
 //! to the pool together with its reply; a handler that panics answers EIO and is logged.
 
 use super::convert::{file_attr, kind_of, timestamp};
+use super::pace::{self, Pace};
 use super::serve::{Requests, Served};
+use crate::clock::Clock;
 use crate::fs::{self, Attr, Caller, Fs, NewNode, Seek, SetAttr, XattrMode};
 use crate::tree::value::FileType;
 use crate::types::Ino;
@@ -15,7 +17,7 @@ use fuser::{
 };
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -33,10 +35,16 @@ const GENERATION: Generation = Generation(0);
 const DISPATCH_THREADS: usize = 1;
 
 /// Answers the kernel on `fuse_fd` until the file system is unmounted; calls `ready` once the kernel has greeted.
-pub fn serve(requests: Arc<Requests>, fuse_fd: OwnedFd, ready: Box<dyn FnOnce() + Send>) -> io::Result<()> {
+pub fn serve(
+    requests: Arc<Requests>,
+    fuse_fd: OwnedFd,
+    clock: Arc<dyn Clock>,
+    ready: Box<dyn FnOnce() + Send>,
+) -> io::Result<()> {
     let mut config = Config::default();
     config.n_threads = Some(DISPATCH_THREADS);
-    let session = Session::from_fd(Adapter { requests }, fuse_fd, SessionACL::All, config)?;
+    let pace = Pace::start(fuse_fd.as_fd(), clock)?;
+    let session = Session::from_fd(Adapter { requests, pace }, fuse_fd, SessionACL::All, config)?;
     ready();
     session.run()
 }
@@ -44,6 +52,7 @@ pub fn serve(requests: Arc<Requests>, fuse_fd: OwnedFd, ready: Box<dyn FnOnce() 
 /// The FUSE side of one mount.
 struct Adapter {
     requests: Arc<Requests>,
+    pace: Arc<Pace>,
 }
 
 impl Adapter {
@@ -53,7 +62,12 @@ impl Adapter {
         op: impl FnMut(&Fs) -> fs::Result<T> + Send + 'static,
         reply: impl FnOnce(&Fs, Served<T>) + Send + 'static,
     ) {
+        self.pace.small();
         self.requests.serve(what, op, reply);
+    }
+
+    fn paced(&self, len: usize) {
+        if len < pace::SMALL { self.pace.small() } else { self.pace.large() }
     }
 
     fn serve_empty(
@@ -337,6 +351,7 @@ impl Filesystem for Adapter {
         _owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        self.paced(size as usize);
         self.requests.read(ino(n), offset, size as usize, move |result| match result {
             Ok(bytes) => reply.data(&bytes),
             Err(e) => reply.error(Errno::from_i32(e)),
@@ -356,6 +371,7 @@ impl Filesystem for Adapter {
         reply: ReplyWrite,
     ) {
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        self.paced(data.len());
         self.requests.write(ino(n), offset, data, kill, move |result| match result {
             Ok(written) => reply.written(written as u32),
             Err(e) => reply.error(Errno::from_i32(e)),

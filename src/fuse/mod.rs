@@ -5,5 +5,6 @@
 pub mod adapter;
 mod convert;
 pub mod mount;
+mod pace;
 pub mod serve;
 pub mod table;
