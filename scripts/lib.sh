@@ -2,8 +2,8 @@
 # started taken away: `clean_below DIR` unmounts and ends everything below a directory.
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-# Tools that are built once and outlive a checkout.
-TOOLS=${EMBASSYFS_TOOLS:-${XDG_CACHE_HOME:-$HOME/.cache}/embassyfs-tools}
+# Tools that are built once for a checkout.
+TOOLS=${EMBASSYFS_TOOLS:-$root/target/tools}
 export TOOLS
 
 # A rustup that was installed a moment ago is not in the PATH of the shell yet.

@@ -295,7 +295,7 @@ fn options(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
 }
 
 /// With `EMBASSYFS_TEST_S3` (an endpoint; bucket `EMBASSYFS_TEST_S3_BUCKET` or `contract`; keys from `AWS_*`) the
-/// suite runs there and expects the full contract, unless `EMBASSYFS_TEST_S3_LAX` is set; else over the server that `scripts/s3-server.sh install` has put in place.
+/// suite runs there and expects the full contract, unless `EMBASSYFS_TEST_S3_LAX` is set; else over the server that `scripts/test.sh` puts in place.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn an_s3_server_keeps_the_contract() {
     // A fresh prefix, for a real bucket is not emptied between runs.
@@ -312,7 +312,7 @@ async fn an_s3_server_keeps_the_contract() {
     }
     let binary = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/tools/bin/s3s-fs");
     if !binary.exists() {
-        println!("skipped: no S3 server; `scripts/s3-server.sh install` puts one in place");
+        println!("skipped: no S3 server; `scripts/test.sh` puts one in place");
         return;
     }
     let server = start(&binary).await;
