@@ -3,13 +3,14 @@
 //! virtual machine, and a client that creates or looks up many files waits for that each time. So during such a burst
 //! the FUSE descriptor does not block and the thread asks again at once; shortly after the burst it blocks again.
 //! Invariant: nobody spins for longer than [`QUIET`] and a tick after the last small request, never while large ones
-//! stream (the processor has better to do), and never on a machine with a single processor.
+//! stream or others want the processor (it has better to do then, and does not sleep anyway), and never on a machine
+//! with a single processor.
 
 use crate::clock::Clock;
 use parking_lot::{Condvar, Mutex};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -19,6 +20,12 @@ pub(super) const SMALL: usize = 128 << 10;
 const BURST: u64 = 16;
 /// A pause this long ends a burst.
 const QUIET: Duration = Duration::from_micros(500);
+/// Requests between two looks at whether others want the processor.
+const LOOK: u64 = 64;
+/// This often taken off the processor between two looks, the spinning thread is in somebody's way.
+const PREEMPTED: i64 = 3;
+/// And stays away for so long.
+const STAND_BACK: Duration = Duration::from_millis(250);
 /// How often the end of a burst is looked for.
 const TICK: Duration = Duration::from_millis(1);
 
@@ -34,6 +41,10 @@ pub(super) struct Pace {
     last: AtomicU64,
     /// Small requests in the burst so far.
     count: AtomicU64,
+    /// No spinning before this time, nanoseconds of the monotonic clock.
+    not_before: AtomicU64,
+    /// How often this thread had been taken off the processor at the last look.
+    preempted: AtomicI64,
     begun: Mutex<bool>,
     wake: Condvar,
 }
@@ -48,6 +59,8 @@ impl Pace {
             spinning: AtomicBool::new(false),
             last: AtomicU64::new(0),
             count: AtomicU64::new(0),
+            not_before: AtomicU64::new(0),
+            preempted: AtomicI64::new(0),
             begun: Mutex::new(false),
             wake: Condvar::new(),
         });
@@ -65,15 +78,16 @@ impl Pace {
         }
         let now = self.clock.monotonic().as_nanos() as u64;
         let last = self.last.swap(now, Ordering::Relaxed);
-        if self.spinning.load(Ordering::Relaxed) {
-            return;
-        }
-        let near = now.saturating_sub(last) < QUIET.as_nanos() as u64;
-        let count = if near { self.count.fetch_add(1, Ordering::Relaxed) } else { 0 };
-        if !near {
+        if now.saturating_sub(last) >= QUIET.as_nanos() as u64 {
             self.count.store(0, Ordering::Relaxed);
         }
-        if count >= BURST {
+        let count = self.count.fetch_add(1, Ordering::Relaxed) + 1;
+        if self.spinning.load(Ordering::Relaxed) {
+            if count.is_multiple_of(LOOK) {
+                self.look(now);
+            }
+        } else if count >= BURST && now >= self.not_before.load(Ordering::Relaxed) {
+            self.preempted.store(preemptions(), Ordering::Relaxed);
             self.set_spinning(true);
             *self.begun.lock() = true;
             self.wake.notify_one();
@@ -84,6 +98,15 @@ impl Pace {
     pub fn large(&self) {
         self.count.store(0, Ordering::Relaxed);
         if self.spinning.load(Ordering::Relaxed) {
+            self.set_spinning(false);
+        }
+    }
+
+    /// Stands back when others want the processor that this thread spins on.
+    fn look(&self, now: u64) {
+        let times = preemptions();
+        if times - self.preempted.swap(times, Ordering::Relaxed) >= PREEMPTED {
+            self.not_before.store(now + STAND_BACK.as_nanos() as u64, Ordering::Relaxed);
             self.set_spinning(false);
         }
     }
@@ -103,6 +126,16 @@ impl Pace {
             self.count.store(0, Ordering::Relaxed);
             self.set_spinning(false);
         }
+    }
+}
+
+/// How often the calling thread has been taken off the processor against its will.
+fn preemptions() -> i64 {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: `usage` is a valid place for the answer, and all zeros is a valid one if the call fails.
+    unsafe {
+        libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
+        usage.assume_init().ru_nivcsw
     }
 }
 
@@ -154,6 +187,8 @@ mod tests {
             spinning: AtomicBool::new(false),
             last: AtomicU64::new(0),
             count: AtomicU64::new(0),
+            not_before: AtomicU64::new(0),
+            preempted: AtomicI64::new(0),
             begun: Mutex::new(false),
             wake: Condvar::new(),
         };
@@ -176,5 +211,11 @@ mod tests {
         assert!(!blocks(&pace));
         pace.large();
         assert!(blocks(&pace));
+        requests(BURST + 2, 50);
+        pace.preempted.store(preemptions() - PREEMPTED, Ordering::Relaxed);
+        requests(LOOK, 50);
+        assert!(blocks(&pace), "others want the processor");
+        requests(LOOK, 50);
+        assert!(blocks(&pace), "and for a while it stands back");
     }
 }
