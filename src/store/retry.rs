@@ -174,6 +174,15 @@ impl RetryStore {
                         Err(error) => error,
                     }
                 }
+                // A server may refuse a taken name before it has read the body, and what arrives here is a broken
+                // connection, each time: so from the second time on it is asked what is there.
+                Err(error) if error.is_transient() && ambiguous => {
+                    match source.is_there(&*self.inner, name).await {
+                        Ok(true) => return Ok(()),
+                        Ok(false) => return Err(StoreError::already_exists(name)),
+                        Err(_) => error,
+                    }
+                }
                 Err(error) if error.is_transient() => {
                     ambiguous = true;
                     error
