@@ -1,14 +1,16 @@
 //! Keeping the dispatch thread awake through a burst of small requests.
 //! To wake a processor that has gone to sleep takes longer than to answer a request from memory, above all in a
 //! virtual machine, and a client that creates or looks up many files waits for that each time. So during such a burst
-//! the FUSE descriptor does not block and the thread asks again at once; shortly after the burst it blocks again.
+//! the FUSE descriptor does not block and the thread asks again at once, and the kernel is asked (`/dev/cpu_dma_latency`,
+//! where we may) not to let the client's processor sleep while it waits; shortly after the burst all is as before.
 //! Invariant: nobody spins for longer than [`QUIET`] and a tick after the last small request, never while large ones
 //! stream or others want the processor (it has better to do then, and does not sleep anyway), and never on a machine
 //! with a single processor.
 
 use crate::clock::Clock;
 use parking_lot::{Condvar, Mutex};
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -26,6 +28,8 @@ const LOOK: u64 = 64;
 const PREEMPTED: i64 = 3;
 /// And stays away for so long.
 const STAND_BACK: Duration = Duration::from_millis(250);
+/// The wake-up latency that stands for no wish at all, in microseconds.
+const ANY_LATENCY: i32 = 2_000_000_000;
 /// How often the end of a burst is looked for.
 const TICK: Duration = Duration::from_millis(1);
 
@@ -34,6 +38,8 @@ pub(super) struct Pace {
     clock: Arc<dyn Clock>,
     /// Shares its open file, and so the flag, with the descriptor that is read.
     fd: OwnedFd,
+    /// The kernel's knob for how long a processor may take to wake up; none where we may not turn it.
+    latency: Option<File>,
     /// False where spinning would only keep the client from running.
     useful: bool,
     spinning: AtomicBool,
@@ -55,6 +61,7 @@ impl Pace {
         let pace = Arc::new(Pace {
             clock,
             fd: fd.try_clone_to_owned()?,
+            latency: File::options().write(true).open("/dev/cpu_dma_latency").ok(),
             useful: std::thread::available_parallelism().is_ok_and(|n| n.get() > 1),
             spinning: AtomicBool::new(false),
             last: AtomicU64::new(0),
@@ -116,7 +123,13 @@ impl Pace {
         // SAFETY: sets a flag of a descriptor that we own; no pointers.
         let set = unsafe { libc::fcntl(self.fd.as_raw_fd(), libc::F_SETFL, flags) };
         // Only speed is at stake: a kernel that refuses leaves a descriptor that blocks.
-        self.spinning.store(on && set == 0, Ordering::Relaxed);
+        let was = self.spinning.swap(on && set == 0, Ordering::Relaxed);
+        if was != on
+            && let Some(mut latency) = self.latency.as_ref()
+        {
+            let microseconds: i32 = if on { 0 } else { ANY_LATENCY };
+            let _ = latency.write_all(&microseconds.to_ne_bytes());
+        }
     }
 
     /// Ends the burst if it has been quiet for long enough.
@@ -183,6 +196,7 @@ mod tests {
         let pace = Pace {
             clock: clock.clone(),
             fd: file.as_fd().try_clone_to_owned().unwrap(),
+            latency: None,
             useful: true,
             spinning: AtomicBool::new(false),
             last: AtomicU64::new(0),
