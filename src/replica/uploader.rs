@@ -23,6 +23,9 @@ const FIRST_DELAY: Duration = Duration::from_millis(100);
 const DELAY_MAX: Duration = Duration::from_secs(5);
 /// Pause after an error that goes away only when somebody acts. Still asked again, for then nobody has to remount.
 const DENIED_DELAY: Duration = Duration::from_secs(30);
+/// How long a segment waits for a busy local disk, and how often that is looked at.
+const HOLD_MAX: Duration = Duration::from_secs(1);
+const HOLD_TICK: Duration = Duration::from_millis(20);
 /// One in so many failures of the same upload is logged; the status shows each.
 const LOG_EVERY: u64 = 12;
 
@@ -57,6 +60,9 @@ pub struct UploadMetrics {
     pub failures: u64,
 }
 
+/// True while applications write faster than the local disk takes it and nobody waits for the embassy.
+pub type Busy = Box<dyn Fn() -> bool + Send + Sync>;
+
 /// Called for each segment, in order, when the embassy holds it and all before it.
 pub type OnSent = Box<dyn Fn(&ClosedSegment) + Send + Sync>;
 
@@ -71,6 +77,7 @@ struct Shared {
     durable: Arc<Durable>,
     env: Env,
     on_sent: OnSent,
+    busy: Busy,
     /// Turns true once: at a stop or a fence.
     halt: watch::Sender<bool>,
     pending: AtomicU64,
@@ -100,6 +107,7 @@ impl Uploader {
         env: Env,
         in_flight: usize,
         on_sent: OnSent,
+        busy: Busy,
     ) -> Uploader {
         let (queue, incoming) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
@@ -107,6 +115,7 @@ impl Uploader {
             durable,
             env,
             on_sent,
+            busy,
             halt: watch::Sender::new(false),
             pending: AtomicU64::new(0),
             sent_segments: AtomicU64::new(0),
@@ -167,7 +176,11 @@ async fn run(shared: Arc<Shared>, mut incoming: mpsc::UnboundedReceiver<Upload>,
     let mut flying = FuturesOrdered::new();
     let mut saving: Option<BoxFuture<'static, ()>> = None;
     loop {
-        while let Some(segment) = next_to_send(&mut segments, flying.len(), &mut alone, in_flight) {
+        // The local commit goes first, for a moment: reading the spool and, with a directory as the store, writing it
+        // again would take the disk from it.
+        let since = segments.front().map(|(_, since)| *since);
+        let held = since.is_some_and(|since| shared.now() < since + HOLD_MAX) && (shared.busy)();
+        while !held && let Some(segment) = next_to_send(&mut segments, flying.len(), &mut alone, in_flight) {
             flying.push_back(send_segment(shared.clone(), segment));
         }
         if saving.is_none() {
@@ -181,13 +194,14 @@ async fn run(shared: Arc<Shared>, mut incoming: mpsc::UnboundedReceiver<Upload>,
             biased;
             _ = halt.wait_for(|halted| *halted) => return,
             Some(segment) = flying.next(), if !flying.is_empty() => shared.segment_sent(&segment),
+            () = tokio::time::sleep(HOLD_TICK), if held => (),
             () = finished(&mut saving) => {
                 saving = None;
                 shared.sent_checkpoints.fetch_add(1, Ordering::SeqCst);
                 shared.pending.fetch_sub(1, Ordering::SeqCst);
             }
             upload = incoming.recv() => match upload {
-                Some(Upload::Segment(segment)) => segments.push_back(segment),
+                Some(Upload::Segment(segment)) => segments.push_back((segment, shared.now())),
                 Some(Upload::Checkpoint { name, body, after }) => checkpoints.push_back((name, body, after)),
                 None => return,
             },
@@ -198,7 +212,7 @@ async fn run(shared: Arc<Shared>, mut incoming: mpsc::UnboundedReceiver<Upload>,
 /// The segment to send now, if any. One whose trailer does not know what the store holds goes alone: a reader abroad
 /// could not tell a gap before it from a loss.
 fn next_to_send(
-    segments: &mut VecDeque<ClosedSegment>,
+    segments: &mut VecDeque<(ClosedSegment, Duration)>,
     flying: usize,
     alone: &mut bool,
     in_flight: usize,
@@ -206,12 +220,12 @@ fn next_to_send(
     if flying == 0 {
         *alone = false;
     }
-    let wants_alone = segments.front()?.stored == Seq(0);
+    let wants_alone = segments.front()?.0.stored == Seq(0);
     if *alone || flying >= in_flight || (wants_alone && flying > 0) {
         return None;
     }
     *alone = wants_alone;
-    segments.pop_front()
+    segments.pop_front().map(|(segment, _)| segment)
 }
 
 /// Waits for the future in `slot`; for ever when there is none.
@@ -252,6 +266,10 @@ fn failure(error: StoreError) -> Failure {
 }
 
 impl Shared {
+    fn now(&self) -> Duration {
+        self.env.clock.monotonic()
+    }
+
     fn segment_sent(&self, segment: &ClosedSegment) {
         self.durable.sent(segment);
         (self.on_sent)(segment);

@@ -22,8 +22,8 @@ use crate::types::{CommitNo, Epoch, FramePtr, Ino, Seq, Timestamp};
 use parking_lot::Mutex;
 use std::collections::HashSet;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::runtime::Handle;
@@ -271,6 +271,7 @@ impl Parts<'_> {
             covered: AtomicU64::new(replay_seq.0),
             sent: Mutex::new(sent.iter().map(|segment| segment.head.seq).collect()),
             times: Mutex::new(times),
+            fs: OnceLock::new(),
             closing: AtomicBool::new(false),
         });
         shipper.start_uploader(self.options.store.clone(), self.options.uploads);
@@ -281,6 +282,7 @@ impl Parts<'_> {
         }
         let fs = Arc::new(Fs::new(self.settings, env, self.reader.clone(), opened.recovery));
         watch_space(&fs, self.dir, self.runtime, self.options.dirty_max);
+        let _ = shipper.fs.set(Arc::downgrade(&fs)); // set once, here
         let latched = Arc::downgrade(&fs);
         durable.on_fence(Box::new(move |reason| {
             if let Some(fs) = latched.upgrade() {
@@ -396,6 +398,8 @@ pub(super) struct Shipper {
     /// Sent segments that still lie in the spool.
     sent: Mutex<Vec<Seq>>,
     times: Mutex<Times>,
+    /// The file system above, once there is one.
+    fs: OnceLock<Weak<Fs>>,
     /// The volume is being closed: nothing is waited for any more.
     closing: AtomicBool,
 }
@@ -408,6 +412,8 @@ impl Shipper {
                 this.on_sent(segment);
             }
         });
+        let this = Arc::downgrade(self);
+        let busy = Box::new(move || this.upgrade().is_some_and(|this| this.busy()));
         let uploader = Uploader::start(
             self.runtime.clone(),
             store,
@@ -415,8 +421,15 @@ impl Shipper {
             self.env.clone(),
             uploads,
             on_sent,
+            busy,
         );
         *self.uploader.lock() = Some(uploader);
+    }
+
+    /// True while the committer is behind the applications, and nobody waits for what is to be sent.
+    fn busy(&self) -> bool {
+        let pressed = |fs: Arc<Fs>| fs.dirty_bytes() >= fs.settings.dirty_max / 4;
+        !self.durable.has_waiters() && self.fs.get().and_then(Weak::upgrade).is_some_and(pressed)
     }
 
     fn push(&self, upload: Upload) {

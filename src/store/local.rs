@@ -3,7 +3,7 @@
 //! linked (link(2) fails if the name is taken, also between hosts on one share), then its directory is synced.
 //! Nothing is answered from, and nothing put into, what shows under the directory's path while its share is away.
 
-use super::{ObjectInfo, Store, StoreError, check_name, check_range, unreadable};
+use super::{ObjectInfo, Store, StoreError, check_name, check_range, direct, unreadable};
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
 use parking_lot::Mutex;
@@ -291,8 +291,8 @@ impl Shared {
     fn put_file(&self, name: &str, path: &Path) -> Result<(), StoreError> {
         check_name(name)?;
         let opened = File::open(path).and_then(|file| file.metadata().map(|meta| (file, meta.len())));
-        let (mut source, size) = opened.map_err(|e| unreadable(name, path, &e))?;
-        self.put(name, |file| match io::copy(&mut source, file)? {
+        let (source, size) = opened.map_err(|e| unreadable(name, path, &e))?;
+        self.put(name, |file| match direct::copy(&source, file)? {
             copied if copied == size => Ok(()),
             copied => {
                 let error = io::Error::other(format!("{copied} bytes of {size} were copied"));
