@@ -4,38 +4,9 @@
 
 use super::exit::Failure;
 use crate::ops::status::rfc3339;
+use crate::replica::durable::Protection;
 use crate::types::{CommitNo, Timestamp};
 use std::time::Duration;
-
-/// What `fsync` waits for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Protection {
-    /// The embassy holds it, or fsync fails.
-    Strict,
-    /// The embassy holds it; after `sync_timeout` the local spool will do, loudly.
-    #[default]
-    Available,
-    /// The local spool holds it.
-    Local,
-}
-
-impl Protection {
-    /// The level as options and status spell it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Protection::Strict => "strict",
-            Protection::Available => "available",
-            Protection::Local => "local",
-        }
-    }
-
-    fn parse(text: &str) -> Result<Protection, String> {
-        [Protection::Strict, Protection::Available, Protection::Local]
-            .into_iter()
-            .find(|p| p.name() == text)
-            .ok_or_else(|| format!("'{text}' is not one of strict, available, local"))
-    }
-}
 
 /// A point in the history of a volume.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -185,7 +156,7 @@ impl MountOptions {
     fn apply_value(&mut self, word: &str, name: &str, value: &str) -> Result<(), Failure> {
         let bad = |why: String| Failure::usage(format!("option '{name}': {why}"));
         match name {
-            "protection" => self.protection = Protection::parse(value).map_err(bad)?,
+            "protection" => self.protection = value.parse().map_err(bad)?,
             "sync_timeout" => self.sync_timeout = parse_duration(value).map_err(bad)?,
             "cache_size" => self.cache_size = parse_size(value).map_err(bad)?,
             "memory_size" => self.memory_size = parse_size(value).map_err(bad)?,

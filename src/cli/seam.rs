@@ -2,7 +2,7 @@
 //! Invariant: nothing here prints or exits; every error comes back as a [`Failure`] with its exit code.
 
 use super::exit::{ExitCode, Failure};
-use super::options::{At, Protection};
+use super::options::At;
 use super::session::{MountControl, Session};
 use crate::clock::Env;
 use crate::crypto::keyfile::{KeyFile, KeyFileError, Role};
@@ -13,8 +13,9 @@ use crate::log::{CommitInfo, Error};
 use crate::ops::control::Control;
 use crate::ops::status::{CommitPoint, Status, StoreStatus};
 use crate::ops::{self, init::InitError};
+use crate::replica::durable::Protection;
 use crate::replica::volume::{OpenOptions, Volume};
-use crate::replica::{Version, durable, listing};
+use crate::replica::{Version, listing};
 use crate::store::{self, Store, StoreError};
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -91,11 +92,7 @@ pub fn open(request: OpenRequest) -> Result<Box<dyn Served>, Failure> {
             Some(At::Time(time)) => Version::Time(time),
         },
         read_only: request.read_only,
-        protection: match request.protection {
-            Protection::Strict => durable::Protection::Strict,
-            Protection::Available => durable::Protection::Available,
-            Protection::Local => durable::Protection::Local,
-        },
+        protection: request.protection,
         sync_timeout: request.sync_timeout,
         disk_cache: request.cache_size,
         frame_cache: usize::try_from(request.memory_size).unwrap_or(usize::MAX),

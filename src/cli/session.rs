@@ -10,6 +10,7 @@ use crate::fuse::serve::{Backend, Requests};
 use crate::log;
 use crate::ops::control::Control;
 use crate::ops::status::{CommitPoint, Status};
+use crate::replica::durable::Protection;
 use crate::replica::volume::Volume;
 use crate::types::{CommitNo, FramePtr};
 use futures::future::BoxFuture;
@@ -30,7 +31,7 @@ pub(super) struct MountControl {
     volume: Arc<Volume>,
     store: String,
     state: String,
-    protection: &'static str,
+    protection: Protection,
     /// The last error that an application was given and that POSIX does not foresee.
     failed: Mutex<Option<String>>,
 }
@@ -40,7 +41,7 @@ impl MountControl {
         MountControl {
             store: volume.store.describe(),
             state: request.state.display().to_string(),
-            protection: request.protection.name(),
+            protection: request.protection,
             failed: Mutex::new(None),
             volume,
         }
@@ -75,7 +76,7 @@ impl Control for MountControl {
             volume_id: volume.superblock.volume.to_string(),
             store: self.store.clone(),
             state: self.state.clone(),
-            protection: self.protection.into(),
+            protection: self.protection.to_string(),
             cache_bytes: volume.cache_bytes(),
             dirty_bytes: volume.fs.dirty_bytes(),
             ..Status::default()

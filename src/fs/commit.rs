@@ -201,8 +201,7 @@ impl Committer {
             || state.dirty_bytes >= settings.dirty_max / 2
             || state.active_weight >= settings.memtable_max / 2;
         let urgent = pressure || state.stopping || state.wanted >= state.generation;
-        let checkpoint = self.checkpointer.due(state, self.view.next_seq, self.log_bytes)
-            || (state.stopping && self.checkpointer.anything_new(state));
+        let checkpoint = self.checkpointer.due(state, self.view.next_seq, self.log_bytes);
         let todo = Todo {
             seal: state.full.len() as u64 * settings.record_size >= SEAL_EARLY_BYTES,
             commit: changed && (urgent || passed(state.changed_at)),
@@ -241,7 +240,7 @@ impl Committer {
                 let ptr = self.append(FrameKind::Data, &bytes)?;
                 sealed.push((ino, start, bytes, ptr));
             }
-            self.log.lock().flush()?;
+            self.with_room(LogWriter::flush)?;
             let mut freed = Vec::with_capacity(sealed.len());
             let waiting = {
                 let mut state = self.fs.state.lock();

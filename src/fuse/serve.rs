@@ -8,7 +8,6 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
@@ -53,16 +52,12 @@ pub struct Requests {
     fs: Arc<Fs>,
     backend: Arc<dyn Backend>,
     pool: Handle,
-    /// Requests that had to wait for frames, since the mount began.
-    pub fetched: AtomicU64,
-    /// Requests that had to wait for room.
-    pub throttled: AtomicU64,
 }
 
 impl Requests {
     /// Requests over `fs`, with waiting ones on `pool`.
     pub fn new(fs: Arc<Fs>, backend: Arc<dyn Backend>, pool: Handle) -> Arc<Requests> {
-        Arc::new(Requests { fs, backend, pool, fetched: AtomicU64::new(0), throttled: AtomicU64::new(0) })
+        Arc::new(Requests { fs, backend, pool })
     }
 
     /// Runs `op`, and `reply` with its result, here or on the pool.
@@ -213,12 +208,10 @@ impl Requests {
     ) -> Served<T> {
         for _ in 0..FETCH_ROUNDS {
             if let Some(ptrs) = error.missing() {
-                self.fetched.fetch_add(1, Ordering::Relaxed);
                 if let Err(e) = self.backend.fetch(ptrs.to_vec()).await {
                     return Err(self.report(what, &fs::Error::Log(e)));
                 }
             } else if matches!(error, fs::Error::Busy) {
-                self.throttled.fetch_add(1, Ordering::Relaxed);
                 self.wait_for_space(what).await?;
             } else {
                 return Err(self.report(what, &error));

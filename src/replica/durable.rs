@@ -23,11 +23,12 @@ const STUCK_AFTER: Duration = Duration::from_secs(300);
 const TICK: Duration = Duration::from_millis(50);
 
 /// What an acknowledged `fsync` promises.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Protection {
     /// The embassy holds it; when it cannot, `fsync` fails.
     Strict,
     /// The embassy holds it; while it cannot, the local disk holds it, and this is said loudly.
+    #[default]
     Available,
     /// The local disk holds it.
     Local,
