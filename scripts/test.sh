@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # All checks, in one command: installs what it needs, then format, lints, unit and integration tests, dependencies,
 # and the end-to-end cases on real mounts. Needs root (it mounts). Ends with the line `N passed, N failed`.
-#   scripts/test.sh [CASE...]     with cases: builds, then runs only these end-to-end cases
+#   scripts/test.sh [--full] [CASE...]    with cases: builds, then runs only these end-to-end cases
+#                                         --full: their long form (suites: hours)
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 cd "$root"
@@ -37,7 +38,9 @@ check_dependencies() {
 
 need_cargo
 [ "$(id -u)" -eq 0 ] || fail "needs root: the tests mount file systems"
-watchdog "${TEST_LIMIT:-4500}" "$root/target"
+limit=4500
+[[ " $* " != *" --full "* ]] || limit=43200
+watchdog "${TEST_LIMIT:-$limit}" "$root/target"
 trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM

@@ -29,8 +29,10 @@ pub struct Caller {
 pub struct NewNode<'a> {
     /// Its type.
     pub kind: FileType,
-    /// Permission bits, umask already taken off.
+    /// Permission bits as the caller asked for them.
     pub mode: u32,
+    /// The caller's umask.
+    pub umask: u32,
     /// Device number, for device nodes.
     pub rdev: u32,
     /// Target, for symbolic links.
@@ -196,7 +198,7 @@ impl Fs {
             _ => tx.rename_over(from, &source, to, target)?,
         }
         if flags & libc::RENAME_WHITEOUT != 0 {
-            let node = NewNode { kind: FileType::CharDevice, mode: 0, rdev: 0, target: b"" };
+            let node = NewNode { kind: FileType::CharDevice, mode: 0, umask: 0, rdev: 0, target: b"" };
             let ino = tx.make_inode(from.0, &node, caller)?;
             tx.add_entry(from.0, from.1, ino, FileType::CharDevice)?;
         }
@@ -269,7 +271,7 @@ impl Tx<'_> {
         if node.kind == FileType::Directory {
             parent.nlink += 1;
         }
-        let mut inode = new_inode(node.body(dir), node.mode, Caller { gid, ..caller }, now);
+        let mut inode = new_inode(node.body(dir), node.mode & !node.umask, Caller { gid, ..caller }, now);
         match &inode.body {
             Body::Directory { .. } => {
                 inode.nlink = 2;

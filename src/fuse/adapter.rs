@@ -119,17 +119,18 @@ impl Adapter {
 struct OwnedNode {
     kind: FileType,
     mode: u32,
+    umask: u32,
     rdev: u32,
     target: Vec<u8>,
 }
 
 impl OwnedNode {
-    fn new(kind: FileType, mode: u32) -> OwnedNode {
-        OwnedNode { kind, mode, rdev: 0, target: Vec::new() }
+    fn new(kind: FileType, mode: u32, umask: u32) -> OwnedNode {
+        OwnedNode { kind, mode, umask, rdev: 0, target: Vec::new() }
     }
 
     fn borrow(&self) -> NewNode<'_> {
-        NewNode { kind: self.kind, mode: self.mode, rdev: self.rdev, target: &self.target }
+        NewNode { kind: self.kind, mode: self.mode, umask: self.umask, rdev: self.rdev, target: &self.target }
     }
 }
 
@@ -243,21 +244,21 @@ impl Filesystem for Adapter {
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
-        _umask: u32,
+        umask: u32,
         rdev: u32,
         reply: ReplyEntry,
     ) {
         match kind_of(mode) {
             Some(kind) => {
-                let node = OwnedNode { rdev, ..OwnedNode::new(kind, mode) };
+                let node = OwnedNode { rdev, ..OwnedNode::new(kind, mode, umask) };
                 self.make(req, parent, name, node, reply);
             }
             None => reply.error(Errno::from_i32(libc::EINVAL)),
         }
     }
 
-    fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, reply: ReplyEntry) {
-        self.make(req, parent, name, OwnedNode::new(FileType::Directory, mode), reply);
+    fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
+        self.make(req, parent, name, OwnedNode::new(FileType::Directory, mode, umask), reply);
     }
 
     fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -272,7 +273,7 @@ impl Filesystem for Adapter {
 
     fn symlink(&self, req: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
         let target = target.as_os_str().as_bytes().to_vec();
-        let node = OwnedNode { target, ..OwnedNode::new(FileType::Symlink, 0o777) };
+        let node = OwnedNode { target, ..OwnedNode::new(FileType::Symlink, 0o777, 0) };
         self.make(req, parent, name, node, reply);
     }
 
@@ -318,7 +319,7 @@ impl Filesystem for Adapter {
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
-        _umask: u32,
+        umask: u32,
         _flags: i32,
         reply: ReplyCreate,
     ) {
@@ -326,7 +327,7 @@ impl Filesystem for Adapter {
         self.serve(
             "create",
             move |fs| {
-                let node = NewNode { kind: FileType::Regular, mode, rdev: 0, target: b"" };
+                let node = NewNode { kind: FileType::Regular, mode, umask, rdev: 0, target: b"" };
                 fs.make(ino(parent), &name, &node, caller)
             },
             move |fs, result| match result {

@@ -111,7 +111,7 @@ impl World {
 pub const ROOT_USER: Caller = Caller { uid: 0, gid: 0 };
 
 pub fn node(kind: FileType, mode: u32) -> NewNode<'static> {
-    NewNode { kind, mode, rdev: 0, target: b"" }
+    NewNode { kind, mode, umask: 0, rdev: 0, target: b"" }
 }
 
 pub fn create(world: &World, volume: &Volume, dir: Ino, name: &str, data: &[u8]) -> Ino {
