@@ -13,6 +13,9 @@ use crate::types::{FrameKind, FramePtr, Ino};
 use bytes::Bytes;
 use std::ops::Range;
 
+/// Longest change, in bytes, for which the count of a sparse file's bytes is kept instead of made anew.
+const COUNT_MAX: u64 = 16 << 20;
+
 /// What `lseek` looks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seek {
@@ -107,15 +110,12 @@ impl Fs {
         if offset > inode.size {
             inode.flags |= SPARSE;
         }
-        let sparse = inode.flags & SPARSE != 0;
         inode.size = inode.size.max(end);
         (inode.mtime, inode.ctime) = (now, now);
         if kill {
             clear_set_id(inode);
         }
-        if sparse {
-            tx.st.allocated.remove(&ino);
-        }
+        tx.count_allocated(ino, offset..end, data.len() as u64);
         let record = self.settings.record_size;
         let state = &mut *tx.st;
         let file = state.dirty.entry(ino).or_default();
@@ -152,9 +152,9 @@ impl Fs {
         }
         if mode & (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) != 0 && offset < old {
             inode.flags |= SPARSE;
+            tx.count_allocated(ino, offset..end.min(old), 0);
             tx.punch(ino, offset..end.min(old));
         }
-        tx.st.allocated.remove(&ino);
         tx.apply();
         Ok(())
     }
@@ -213,10 +213,10 @@ impl Fs {
         target.size = target.size.max(end);
         (target.mtime, target.ctime) = (now, now);
         clear_set_id(target);
+        tx.count_allocated(to.0, to.1..end, stored);
         for piece in &pieces {
             tx.place(to.0, piece.start - from.1 + to.1, piece);
         }
-        tx.st.allocated.remove(&to.0);
         tx.apply();
         Ok(len)
     }
@@ -254,6 +254,20 @@ impl Tx<'_> {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Keeps the count of a sparse file's bytes: `range` is about to hold `bytes` that are no hole. A count that
+    /// cannot be kept is dropped; the next `stat` makes a new one.
+    fn count_allocated(&mut self, ino: Ino, range: Range<u64>, bytes: u64) {
+        let Some(count) = self.st.allocated.get(&ino).copied() else { return };
+        let before = match range.end - range.start {
+            0..=COUNT_MAX => self.fs.allocated_bytes(&self.st, ino, range).ok(),
+            _ => None,
+        };
+        match before.and_then(|before| count.checked_sub(before)) {
+            Some(rest) => self.st.allocated.insert(ino, rest + bytes),
+            None => self.st.allocated.remove(&ino),
+        };
     }
 
     /// Makes `range` of a file a hole.

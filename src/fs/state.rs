@@ -6,7 +6,7 @@ use super::dirty::DirtyFile;
 use super::error::{Error, Result, os};
 use super::inode::new_inode;
 use super::lookups::Lookups;
-use super::{Caller, Fs, Settings};
+use super::{Fs, Settings};
 use crate::clock::Env;
 use crate::log::Frames;
 use crate::tree::btree::Tree;
@@ -96,7 +96,7 @@ pub(super) struct State {
     pub full: VecDeque<(Ino, u64)>,
     pub lookups: Lookups,
     pub orphans: HashSet<Ino>,
-    /// Allocated bytes of sparse files, as last computed.
+    /// Bytes of sparse files that are not holes: counted when first asked for, then kept up to date by writes.
     pub allocated: HashMap<Ino, u64>,
     pub waiting_for_space: Vec<Box<dyn FnOnce() + Send>>,
     pub no_space: bool,
@@ -152,7 +152,7 @@ impl State {
     fn make_root(&mut self, settings: &Settings, env: &Env) {
         let now = env.clock.now();
         let body = Body::Directory { parent: Ino::ROOT, next_entry: FIRST_ENTRY, entries: 0 };
-        let mut root = new_inode(body, 0o755, Caller { uid: 0, gid: 0 }, now);
+        let mut root = new_inode(body, 0o755, settings.root_owner, now);
         root.nlink = 2;
         self.inodes = 1;
         self.put(key::inode(Ino::ROOT), Some(root.encode()));

@@ -6,5 +6,6 @@ pub mod adapter;
 mod convert;
 pub mod mount;
 mod pace;
+mod reply;
 pub mod serve;
 pub mod table;

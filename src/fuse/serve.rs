@@ -87,7 +87,7 @@ impl Requests {
         len: usize,
         reply: impl FnOnce(Served<Bytes>) + Send + 'static,
     ) {
-        let mut op = move |fs: &Fs| fs.read(ino, offset, len);
+        let mut op = move |fs: &Fs| fs.read(ino, offset, len).inspect(|_| fs.accessed(ino));
         if len >= POOL_READ {
             // A streaming reader has several of these under way: they are opened side by side.
             let this = self.clone();
@@ -165,6 +165,11 @@ impl Requests {
             }));
         };
         self.backend.when_durable(commit, Box::new(done));
+    }
+
+    /// Whether reading changes access times.
+    pub(super) fn counts_access(&self) -> bool {
+        self.fs.settings.relatime
     }
 
     pub(super) fn statfs(&self) -> StatFs {

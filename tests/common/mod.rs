@@ -65,6 +65,8 @@ impl World {
             dirty_max: 16 << 20,
             uploads: 4,
             size_limit: None,
+            relatime: false,
+            root_owner: ROOT_USER,
         }
     }
 
