@@ -88,9 +88,12 @@ impl Fs {
 
     /// Changes attributes, all or none.
     pub fn setattr(&self, ino: Ino, set: &SetAttr) -> Result<Attr> {
-        let mut tx = if set.size.is_some() { self.begin_growing()? } else { self.begin()? };
+        let mut tx = self.begin()?;
         let now = tx.now;
         if let Some(size) = set.size {
+            if size > tx.inode(ino)?.size {
+                tx.want_room()?;
+            }
             tx.truncate(ino, size, set.privileged)?;
         }
         let owner_changes = set.uid.is_some() || set.gid.is_some();

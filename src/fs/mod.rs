@@ -161,7 +161,7 @@ impl Fs {
     /// Bytes and inodes in use.
     pub fn usage(&self) -> Usage {
         let state = self.state.lock();
-        Usage { used: state.live_bytes + state.dirty_bytes + state.sealing_bytes, inodes: state.inodes }
+        Usage { used: state.used(), inodes: state.inodes }
     }
 
     /// Bytes written but not yet in the log.

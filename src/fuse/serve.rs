@@ -211,12 +211,16 @@ impl Requests {
         mut op: impl FnMut(&Fs) -> fs::Result<T>,
         mut error: fs::Error,
     ) -> Served<T> {
+        let mut waited_for_commit = false;
         for _ in 0..FETCH_ROUNDS {
             if let Some(ptrs) = error.missing() {
                 if let Err(e) = self.backend.fetch(ptrs.to_vec()).await {
                     return Err(self.report(what, &fs::Error::Log(e)));
                 }
             } else if matches!(error, fs::Error::Busy) {
+                self.wait_for_space(what).await?;
+            } else if matches!(error, fs::Error::OverLimit) && !waited_for_commit {
+                waited_for_commit = true;
                 self.wait_for_space(what).await?;
             } else {
                 return Err(self.report(what, &error));
@@ -234,7 +238,7 @@ impl Requests {
 
     /// The errno, and a line in log and status when the answer is not one that POSIX foresees.
     fn report(&self, what: &str, e: &fs::Error) -> i32 {
-        if !matches!(e, fs::Error::Os(_)) {
+        if !matches!(e, fs::Error::Os(_) | fs::Error::OverLimit) {
             ::log::error!("{what}: {e}");
             self.backend.failed(&format!("{what}: {e}"));
         }
@@ -260,5 +264,5 @@ impl Requests {
 }
 
 fn wants_retry(e: &fs::Error) -> bool {
-    e.missing().is_some() || matches!(e, fs::Error::Busy)
+    e.missing().is_some() || matches!(e, fs::Error::Busy | fs::Error::OverLimit)
 }
