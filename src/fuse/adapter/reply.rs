@@ -1,10 +1,10 @@
 //! The replies that are more than a value or an errno: names of a directory, extended attributes.
 //! Invariant: an entry is counted as known to the kernel exactly if the reply has taken it in.
 
-use super::adapter::{GENERATION, TTL};
 use super::convert::{file_attr, fuse_kind};
-use super::serve::Served;
+use super::{GENERATION, TTL};
 use crate::fs::{Attr, DirItem, Fs};
+use crate::fuse::serve::Served;
 use fuser::{Errno, INodeNo, ReplyDirectory, ReplyDirectoryPlus, ReplyXattr};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;

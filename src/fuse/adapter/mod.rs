@@ -2,14 +2,16 @@
 //! Invariant: no request waits on the dispatch thread. What needs the network, the disk's sync or room is handed
 //! to the pool together with its reply; a handler that panics answers EIO and is logged.
 
-use super::convert::{file_attr, kind_of, timestamp};
+mod convert;
+mod reply;
+
 use super::pace::{self, Pace};
-use super::reply;
 use super::serve::{Requests, Served};
 use crate::clock::Clock;
 use crate::fs::{self, AclKind, Attr, Caller, Fs, NewNode, Seek, SetAttr, XattrMode};
 use crate::tree::value::FileType;
 use crate::types::Ino;
+use convert::{file_attr, kind_of, timestamp};
 use fuser::{
     BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
     InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
@@ -216,7 +218,7 @@ impl Filesystem for Adapter {
                     reply.entry(&TTL, &file_attr(&attr), GENERATION);
                 }
                 // Inode 0 lets the kernel remember that there is no such name.
-                Err(libc::ENOENT) => reply.entry(&TTL, &super::convert::negative(), GENERATION),
+                Err(libc::ENOENT) => reply.entry(&TTL, &convert::negative(), GENERATION),
                 Err(e) => reply.error(Errno::from_i32(e)),
             },
         );
