@@ -381,3 +381,23 @@ impl Tx<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_access_time_is_renewed_after_a_change_and_after_a_day() {
+        let at = |secs| Timestamp { secs, nanos: 0 };
+        let mut inode = new_inode(Body::Regular, 0o644, Caller { uid: 0, gid: 0 }, at(1000));
+        assert!(access_is_due(&inode, at(1001)), "never read since it was made");
+        inode.atime = at(1001);
+        assert!(!access_is_due(&inode, at(1002)));
+        assert!(!access_is_due(&inode, at(1001 + ACCESS_RENEWAL - 1)));
+        assert!(access_is_due(&inode, at(1001 + ACCESS_RENEWAL)));
+        inode.ctime = at(1001);
+        assert!(access_is_due(&inode, at(1002)), "changed since");
+        inode.atime = at(i64::MIN);
+        assert!(access_is_due(&inode, at(i64::MAX)));
+    }
+}

@@ -38,6 +38,7 @@ CASES = {
     "real_input": (900, ["file", "s3"]),
     "pjdfstest": (300, [None]),
     "acl": (120, [None]),
+    "access_times": (60, [None]),
 }
 
 
