@@ -158,7 +158,7 @@ base.execute("create table total(writer text primary key, n integer, bytes integ
 """
 
 WRITER = """
-import os, sqlite3, sys
+import os, sqlite3, sys, time
 path, writer, log = sys.argv[1:]
 base = sqlite3.connect(path, timeout=60, isolation_level=None)
 base.execute("pragma synchronous=full")
@@ -175,6 +175,8 @@ while True:
                  (writer, len(body), len(body)))
     base.execute("commit")
     os.write(outside, b"%d\\n" % n)
+    # A waiting writer looks at the lock only now and then: without a break the others might never get it.
+    time.sleep(0.003)
 """
 
 READER = """
