@@ -1,7 +1,7 @@
 """Logs that are appended to, as Redis and mail servers keep them: nothing torn, nothing acknowledged lost, in order.
 
 Two kinds of writer. *shared*: several processes append to one file with `O_APPEND` and `fdatasync` each record; a
-rotator renames the file away, and each writer opens the new one as soon as it sees it. *own*: a process appends to a
+rotator renames the file away (a *turn*), under a lock that the writers share while they append. *own*: a process appends to a
 file of its own with `fsync`; now and then it writes a shorter one beside it, renames that over the first and goes on
 there. Followers read along.
 
@@ -19,10 +19,11 @@ import zlib
 from harness import FULL, Failed, Volume, check, empty_dir, say, wait_until
 
 SHARED, OWN, FOLLOWERS = 3, 2, 2
+TURN_BYTES = 1_000_000
 ROUNDS = 20 if FULL else 4
 
 COMMON = r"""
-import os, sys, time, zlib
+import fcntl, os, sys, time, zlib
 APPEND = os.O_CREAT | os.O_APPEND | os.O_WRONLY
 def record(writer, n):
     # Up to three pages, so that records lie across the borders of pages.
@@ -33,32 +34,39 @@ def append(fd, data):
         sys.exit("a short write")
 def acknowledge(log, n):
     append(log, b"%d\n" % n)
+def last_turn(directory):
+    return max((int(name[4:]) for name in os.listdir(directory) if name.startswith("log.")), default=0)
 """
 
 SHARED_WRITER = COMMON + r"""
 path, writer, log = sys.argv[1:]
 outside, n, fd = os.open(log, APPEND), 0, os.open(path, APPEND)
 while True:
-    try:
-        if os.stat(path).st_ino != os.fstat(fd).st_ino:
-            os.close(fd)
-            fd = os.open(path, APPEND)
-    except FileNotFoundError:
-        pass  # between the rotator's two steps
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    # Whoever holds the lock of a renamed file must not write there any more: its followers may have left.
+    if not os.path.exists(path) or os.stat(path).st_ino != os.fstat(fd).st_ino:
+        os.close(fd)
+        fd = os.open(path, APPEND)
+        continue
+    append(fd, record(writer, n + 1))
+    fcntl.flock(fd, fcntl.LOCK_UN)
     n += 1
-    append(fd, record(writer, n))
     os.fdatasync(fd)
     acknowledge(outside, n)
 """
 
 ROTATOR = COMMON + r"""
-directory, turn = sys.argv[1], int(sys.argv[2])
+directory, size = sys.argv[1], int(sys.argv[2])
+turn, path = last_turn(directory), f"{directory}/log"
 while True:
-    while not os.path.exists(f"{directory}/log") or os.path.getsize(f"{directory}/log") < 300_000:
+    while not os.path.exists(path) or os.path.getsize(path) < size:
         time.sleep(0.005)
     turn += 1
-    os.rename(f"{directory}/log", f"{directory}/log.{turn:06}")
-    os.close(os.open(f"{directory}/log", APPEND))
+    fd = os.open(path, APPEND)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    os.rename(path, f"{path}.{turn:06}")
+    os.close(os.open(path, APPEND))
+    os.close(fd)
 """
 
 OWN_WRITER = COMMON + r"""
@@ -80,32 +88,35 @@ while True:
         fd = new
 """
 
-# Follows the file from turn to turn, by its descriptor and not by its name, as `tail -F` does.
+# Reads each turn of the shared log to its end, then the next; what it reads must be whole at once.
 FOLLOWER = COMMON + r"""
-path, log = sys.argv[1:]
-outside, seen, rest, source, told = os.open(log, APPEND), {}, b"", None, 0
-while True:
-    if source is None:
+directory, log = sys.argv[1:]
+outside, seen, told = os.open(log, APPEND), {}, 0
+
+def open_turn(number):
+    # While no turn comes or goes, `log` is the one behind the last.
+    while True:
+        last = last_turn(directory)
         try:
-            source = open(path, "rb", buffering=0)
+            if number is not None and last >= number:
+                return open(f"{directory}/log.{number:06}", "rb", buffering=0), number
+            source = open(f"{directory}/log", "rb", buffering=0)
         except FileNotFoundError:
             continue
+        if last_turn(directory) == last:
+            return source, last + 1
+
+source, turn = open_turn(None)
+rest = b""
+while True:
+    ended = last_turn(directory) >= turn  # asked before the reading: nothing is added after the renaming
     piece = source.read(1 << 16)
-    if not piece:
-        try:
-            moved = os.stat(path).st_ino != os.fstat(source.fileno()).st_ino
-        except FileNotFoundError:
-            moved = False
-        # The old file may have got its last records between the reading and the looking.
-        piece = source.read(1 << 16)
-        if moved and not piece and os.fstat(source.fileno()).st_size == source.tell():
-            late = time.monotonic() + 0.2
-            while time.monotonic() < late and not piece:
-                piece = source.read(1 << 16)
-            if not piece:
-                assert rest == b"", f"ended in the middle of a record: {rest[-80:]}"
-                source.close()
-                source = None
+    if not piece and ended:
+        assert rest == b"", f"turn {turn} ends in the middle of a record: {rest[-80:]}"
+        source.close()
+        source, turn = open_turn(turn + 1)
+    elif not piece:
+        time.sleep(0.001)
     *lines, rest = (rest + piece).split(b"\n")
     for line in lines:
         crc, writer, n, _ = line.split(b" ", 3)
@@ -113,7 +124,7 @@ while True:
         # It may begin in the middle; from there on it must see each record once and in order.
         assert int(n) == seen.get(writer, int(n) - 1) + 1, f"{writer}: {n} after {seen[writer]}"
         seen[writer] = int(n)
-        told += 1
+    told += len(lines)
     if lines:
         acknowledge(outside, told)
 """
@@ -182,14 +193,13 @@ class Logs:
     def __init__(self, directory):
         self.notes, self.round = empty_dir(directory / "notes"), 0
 
-    def start(self, point, rotate=True):
+    def start(self, point):
         """Everything of a round; returns when each process has done something."""
         self.round += 1
         place = point / "logs"
         place.mkdir(exist_ok=True)
-        turns = [int(p.suffix[1:]) for p in place.glob("log.*")]
-        scripts = [(ROTATOR, [place, max(turns, default=0)])] if rotate else []
-        names = []
+        turns = len(list(place.glob("log.*")))
+        scripts, names = [(ROTATOR, [place, TURN_BYTES])], []
         for k in range(SHARED):
             names.append(f"shared-{self.round}-{k}")
             scripts.append((SHARED_WRITER, [place / "log", names[-1], self.notes / names[-1]]))
@@ -198,7 +208,7 @@ class Logs:
             scripts.append((OWN_WRITER, [place / f"own.{names[-1]}", names[-1], self.notes / names[-1]]))
         for k in range(FOLLOWERS):
             names.append(f"follower-{self.round}-{k}")
-            scripts.append((FOLLOWER, [place / "log", self.notes / names[-1]]))
+            scripts.append((FOLLOWER, [place, self.notes / names[-1]]))
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-c", script, *map(str, words)], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -206,12 +216,8 @@ class Logs:
             for script, words in scripts
         ]
         wait_until(lambda: self.under_way(names), 60, "every process has done something")
-        if rotate:
-            wait_until(lambda: self.under_way(names) and self.turned(place, turns), 60, "the log was rotated")
-
-    @staticmethod
-    def turned(place, turns):
-        return len(list(place.glob("log.*"))) >= len(turns) + 2
+        turned = lambda: len(list(place.glob("log.*"))) >= turns + 2  # noqa: E731
+        wait_until(lambda: self.under_way(names) and turned(), 60, "the log was rotated twice")
 
     def under_way(self, names):
         self.check_alive()
