@@ -101,7 +101,8 @@ class Shown:
 
 def rsync_once(source, target, *more):
     """One run; gives what it changed, a line each."""
-    words = ["-aHAXS", "--delete", "-i", *more, f"{source}/", f"{target}/"]
+    # Without -@-1 times that differ by less than a second count as equal.
+    words = ["-aHAXS", "-@-1", "--delete", "-i", *more, f"{source}/", f"{target}/"]
     return run("rsync", *words, limit=1800).stdout
 
 
