@@ -3,7 +3,7 @@
 Invariant: each transaction is made durable by `fsync` before it counts; nothing is set that a careful operator would not
 leave as it is.
 
-Environment: BENCH_PGBENCH_SECONDS (30), BENCH_PGBENCH_SCALE (10), BENCH_SQLITE (1000 transactions).
+Environment: BENCH_PGBENCH_SECONDS (30), BENCH_PGBENCH_SCALE (10), BENCH_SQLITE (3000 transactions).
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from harness import run
 
 SECONDS = int(os.environ.get("BENCH_PGBENCH_SECONDS", "30"))
 SCALE = int(os.environ.get("BENCH_PGBENCH_SCALE", "10"))
-TRANSACTIONS = int(os.environ.get("BENCH_SQLITE", "1000"))
+TRANSACTIONS = int(os.environ.get("BENCH_SQLITE", "3000"))
 
 INSERTER = """
 import sqlite3, sys, time
