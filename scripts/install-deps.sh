@@ -20,8 +20,7 @@ present() {
 }
 
 # The package makes a cluster and starts it when it is installed for the first time; the tests make their own, and a
-# machine that has none must not get a server for their sake. Only said here when the package is missing: who has it
-# keeps what he has.
+# machine that has none must not get a server for their sake. Where the package is there already nothing is changed.
 no_cluster() {
     local conf=/etc/postgresql-common/createcluster.conf
     grep -qs '^ *create_main_cluster' "$conf" && return

@@ -104,7 +104,8 @@ class Gocryptfs:
         run("gocryptfs", "-q", "-init", "-passfile", self.secret, self.cipher)
 
     def mount(self):
-        command = ["gocryptfs", "-fg", "-q", "-nosyslog", "-allow_other", "-passfile", self.secret, self.cipher, self.point]
+        command = ["gocryptfs", "-fg", "-q", "-nosyslog", "-allow_other"]
+        command += ["-passfile", self.secret, self.cipher, self.point]
         begin = time.monotonic()
         self.server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_until(lambda: harness.mounted(self.point), 30, "gocryptfs mounts", pause=0.005)

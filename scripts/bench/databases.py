@@ -1,7 +1,6 @@
 """Databases as a measure: transactions per second of PostgreSQL and of SQLite on any file system.
 
-Invariant: each transaction is made durable by `fsync` before it counts; nothing is set that a careful operator would not
-leave as it is.
+Invariant: each transaction is made durable by `fsync` before it counts; nothing is set that makes it less so.
 
 Environment: BENCH_PGBENCH_SECONDS (30), BENCH_PGBENCH_SCALE (10), BENCH_SQLITE (3000 transactions).
 """

@@ -17,7 +17,8 @@ from pathlib import Path
 from harness import Failed, alive, run, wait_until
 
 SUMS = """
-select coalesce((select sum(abalance) from pgbench_accounts), 0), coalesce((select sum(tbalance) from pgbench_tellers), 0),
+select coalesce((select sum(abalance) from pgbench_accounts), 0),
+       coalesce((select sum(tbalance) from pgbench_tellers), 0),
        coalesce((select sum(bbalance) from pgbench_branches), 0), coalesce((select sum(delta) from pgbench_history), 0),
        (select count(*) from pgbench_history)
 """
@@ -108,8 +109,8 @@ class Server:
         return bench_result(run(*self.bench_command(seconds), limit=seconds + 120, cwd="/").stdout)
 
     def start_bench(self, seconds=600):
-        """A load that runs until the server or `end_bench` ends it; returns when it has got under way."""
-        before = int(self.sql("select count(*) from pgbench_history"))
+        """A load that runs until the server or its time ends it; returns when it has got under way."""
+        before = self.transactions()
         load = subprocess.Popen(
             self.bench_command(seconds),
             stdin=subprocess.DEVNULL,
@@ -118,8 +119,11 @@ class Server:
             text=True,
             cwd="/",
         )
-        wait_until(lambda: int(self.sql("select count(*) from pgbench_history")) > before + 100, 60, "load is under way")
+        wait_until(lambda: self.transactions() > before + 100, 60, "load is under way")
         return load
+
+    def transactions(self):
+        return int(self.sql("select count(*) from pgbench_history"))
 
     def sums(self):
         """(accounts, tellers, branches, history, rows of history)."""

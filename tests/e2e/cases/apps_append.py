@@ -1,14 +1,14 @@
 """Logs that are appended to, as Redis and mail servers keep them: nothing torn, nothing acknowledged lost, in order.
 
 Two kinds of writer. *shared*: several processes append to one file with `O_APPEND` and `fdatasync` each record; a
-rotator renames the file away (a *turn*), under a lock that the writers share while they append. *own*: a process appends to a
-file of its own with `fsync`; now and then it writes a shorter one beside it, renames that over the first and goes on
-there. Followers read along.
+rotator renames the file away (a *turn*), under a lock that the writers share while they append. *own*: a process
+appends to a file of its own with `fsync`; now and then it writes a shorter one beside it, renames that over the first
+and goes on there. Followers read along.
 
-The kernel makes one request of a write only where it does not cross from a page of the file into another (else a write
-that was killed, or not yet acknowledged when the daemon died, may be cut there; ext4 cuts there, too). So the records of
-the shared log are 512 bytes long, each is one request, and none may ever be torn. The records of the own logs are of
-any length; there the last one may be cut at a page's border, if it was not acknowledged.
+The kernel makes one request of a write only where it does not cross from a page of the file into another (else a
+write that was killed, or not yet acknowledged when the daemon died, may be cut there; ext4 cuts there, too). So the
+records of the shared log are 512 bytes long, each is one request, and none may ever be torn. The records of the own
+logs are of any length; there the last one may be cut at a page's border, if it was not acknowledged.
 
 Invariant: every writer that is started has a name of its own and numbers its records from 1, so that a gap, a record
 twice, and a wrong order can be told apart; what is acknowledged is noted outside the mount.
@@ -252,7 +252,8 @@ class Logs:
             if not log.name.startswith("follower") and not noted <= have <= noted + 1:
                 raise Failed(f"{where}: {log.name} was told {noted}, there are {have}")
         turns = len(list(place.glob("log.*")))
-        check(True, f"{where}: {sum(found.values())} records of {len(found)} writers, {turns} turns: none missing or torn")
+        count = f"{sum(found.values())} records of {len(found)} writers in {turns} turns"
+        check(True, f"{where}: {count}: none missing or torn")
         return found
 
 

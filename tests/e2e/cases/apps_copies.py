@@ -93,7 +93,8 @@ class Shown:
         wrong = trees.differences(want.manifest, self.manifest, **how)
         for what in ("attributes", "devices"):
             a, b = getattr(want, what), getattr(self, what)
-            wrong += [f"{what} of {p!r}: {b.get(p)}, should be {a.get(p)}" for p in a.keys() | b.keys() if a.get(p) != b.get(p)]
+            other = [p for p in a.keys() | b.keys() if a.get(p) != b.get(p)]
+            wrong += [f"{what} of {p!r}: {b.get(p)}, should be {a.get(p)}" for p in other]
         wrong += [f"ACL lost: {text!r}" for text in want.acls if text not in self.acls]
         wrong += [f"ACL too much: {text!r}" for text in self.acls if text not in want.acls]
         check(not wrong, claim, "\n      " + "\n      ".join(wrong[:20]))

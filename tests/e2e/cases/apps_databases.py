@@ -72,7 +72,8 @@ class Bank:
 
     @staticmethod
     def checksums(data, when):
-        done = run(*postgres.as_postgres(postgres.binaries() / "pg_checksums", "--check", "-D", data), limit=600, cwd="/")
+        command = postgres.as_postgres(postgres.binaries() / "pg_checksums", "--check", "-D", data)
+        done = run(*command, limit=600, cwd="/")
         check("Bad checksums:  0\n" in done.stdout, f"{when}: no bad checksum", done.stdout)
 
 

@@ -145,7 +145,8 @@ def write_workspace(root):
 
 
 def write_module(root, n, value):
-    (root / f"library/src/m{n}.rs").write_text(f"pub fn value() -> u64 {{ [{value}, 0].iter().max().copied().unwrap() }}\n")
+    text = f"pub fn value() -> u64 {{ [{value}, 0].iter().max().copied().unwrap() }}\n"
+    (root / f"library/src/m{n}.rs").write_text(text)
 
 
 class Project:
