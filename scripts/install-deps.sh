@@ -9,14 +9,28 @@ purpose=${1:-test}
 wanted="fusermount3:fuse3 cc:gcc mountpoint:util-linux"
 case $purpose in
     demo) wanted="$wanted git:git" ;;
-    test) wanted="$wanted git:git python3:python3" ;;
-    bench) wanted="$wanted git:git python3:python3 gocryptfs:gocryptfs" ;;
+    test) wanted="$wanted git:git python3:python3 postgres:postgresql rsync:rsync setfacl:acl" ;;
+    bench) wanted="$wanted git:git python3:python3 gocryptfs:gocryptfs postgres:postgresql" ;;
     *) fail "usage: install-deps.sh [demo|test|bench]" ;;
 esac
 
+# Debian keeps PostgreSQL's programs out of PATH.
+present() {
+    command -v "$1" >/dev/null 2>&1 || { [ "$1" = postgres ] && compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null; }
+}
+
+# The package makes a cluster and starts it when it is installed for the first time; the tests make their own, and a
+# machine that has none must not get a server for their sake. Where the package is there already nothing is changed.
+no_cluster() {
+    local conf=/etc/postgresql-common/createcluster.conf
+    grep -qs '^ *create_main_cluster' "$conf" && return
+    $sudo mkdir -p "${conf%/*}"
+    echo "create_main_cluster = false" | $sudo tee -a "$conf" >/dev/null
+}
+
 missing=
 for pair in $wanted; do
-    command -v "${pair%%:*}" >/dev/null 2>&1 || missing="$missing ${pair##*:}"
+    present "${pair%%:*}" || missing="$missing ${pair##*:}"
 done
 # gcc without the headers of the C library compiles nothing.
 case " $missing " in *" gcc "*) missing="$missing libc6-dev" ;; esac
@@ -28,6 +42,7 @@ if [ -n "$missing" ]; then
     sudo=
     [ "$(id -u)" -eq 0 ] || sudo=sudo
     export DEBIAN_FRONTEND=noninteractive
+    case " $missing " in *" postgresql "*) no_cluster ;; esac
     log=$(mktemp)
     # A list of packages that is some days old is enough; a machine that never had one needs it.
     # shellcheck disable=SC2086

@@ -4,7 +4,8 @@ Invariant: each system gets the same calls in the same order, starts every measu
 and takes each place in the order equally often. What is shown is the median of the rounds.
 
 Environment: BENCH_ROUNDS (3), BENCH_FILES (10000), BENCH_MIB (2048), BENCH_TREE (7000), BENCH_MANY (20000),
-BENCH_SYSTEMS (ext4,gocryptfs,embassyfs).
+BENCH_SYSTEMS (ext4,gocryptfs,embassyfs), BENCH_ROWS (files,big,pgbench,sqlite,many: which groups of rows; "many" is the
+read-only mounts); and what databases.py names.
 """
 
 import json
@@ -24,6 +25,7 @@ os.environ.setdefault("E2E_DIR", str(WORK))
 sys.path.insert(0, str(REPO / "tests" / "e2e"))
 sys.dont_write_bytecode = True  # nothing is left in the checkout but target/
 
+import databases  # noqa: E402
 import harness  # noqa: E402
 from harness import MIB, run, timed, wait_until  # noqa: E402
 
@@ -33,6 +35,8 @@ BYTES = int(os.environ.get("BENCH_MIB", "2048")) * MIB
 TREE_FILES = int(os.environ.get("BENCH_TREE", "7000"))
 MANY = int(os.environ.get("BENCH_MANY", "20000"))
 RANDOM_READS = 4000
+GROUPS = ["files", "big", "pgbench", "sqlite", "many"]
+ROWS = os.environ.get("BENCH_ROWS", ",".join(GROUPS)).split(",")
 HELPER = OUT / "work-helper"
 
 # Measure -> (unit, bigger is better, wanted against gocryptfs).
@@ -44,6 +48,9 @@ MEASURES = {
     "sequential write+fsync": ("MiB/s", True, 1.5),
     "sequential read, cold": ("MiB/s", True, 1.0),
     "random 4 KiB read, cold": ("reads/s", True, None),
+    "PostgreSQL, pgbench -c 8": ("transactions/s", True, None),
+    "SQLite, WAL, synchronous=full": ("transactions/s", True, None),
+    "SQLite, rollback journal": ("transactions/s", True, None),
     "mount": ("s", False, None),
     "peak resident memory": ("MiB", False, None),
 }
@@ -97,7 +104,8 @@ class Gocryptfs:
         run("gocryptfs", "-q", "-init", "-passfile", self.secret, self.cipher)
 
     def mount(self):
-        command = ["gocryptfs", "-fg", "-q", "-nosyslog", "-passfile", self.secret, self.cipher, self.point]
+        command = ["gocryptfs", "-fg", "-q", "-nosyslog", "-allow_other"]
+        command += ["-passfile", self.secret, self.cipher, self.point]
         begin = time.monotonic()
         self.server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_until(lambda: harness.mounted(self.point), 30, "gocryptfs mounts", pause=0.005)
@@ -126,7 +134,7 @@ class EmbassyFs:
 
     def mount(self):
         begin = time.monotonic()
-        self.mounted = self.volume.mount("mount", self.state, options=["protection=local"])
+        self.mounted = self.volume.mount("mount", self.state, options=["protection=local", "allow_other"])
         return time.monotonic() - begin
 
     def settle(self):
@@ -148,10 +156,12 @@ def helper(*words):
 
 
 def prepare():
-    """The helper, and a tar of a real tree."""
+    """The helper, and a tar of a real tree where one is needed."""
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     run("cc", "-O2", "-Wall", "-Wextra", "-o", HELPER, Path(__file__).with_name("work.c"))
+    if "files" not in ROWS:
+        return 0
     home = Path(os.environ.get("CARGO_HOME", Path.home() / ".cargo"))
     tree, count = WORK / "tree", 0
     tree.mkdir()
@@ -166,40 +176,65 @@ def prepare():
     return count
 
 
-def one_round(system, tree_files):
-    """All measures of one system, from an empty file system on."""
-    result = {}
-    mount_times = [system.mount()]
+class Round:
+    """The measures of one system, from an empty file system on."""
 
-    def cold():
-        system.umount()
+    def __init__(self, system, tree_files):
+        self.system, self.tree_files = system, tree_files
+        self.point, self.result = system.point, {}
+        self.mount_times = [system.mount()]
+
+    def cold(self):
+        self.system.umount()
         drop_caches()
-        mount_times.append(system.mount())
+        self.mount_times.append(self.system.mount())
 
-    def measure(name, amount, call):
-        result[name] = amount / call()
-        system.settle()
+    def measure(self, name, amount, call):
+        self.result[name] = amount / call()
+        self.system.settle()
 
-    files = system.point / "files"
-    files.mkdir()
-    tree = system.point / "tree"
-    tree.mkdir()
-    measure("create+write 4 KiB+close", FILES, lambda: helper("create", files, FILES, 4096))
-    untar = ["tar", "-xf", WORK / "tree.tar", "-C", tree]
-    measure("untar", tree_files, lambda: timed(lambda: run(*untar, limit=1800))[1])
-    cold()
-    measure("walk+stat, cold", tree_files, lambda: helper("walk", tree))
-    measure("remove the tree", tree_files, lambda: timed(lambda: run("rm", "-rf", tree, limit=1800))[1])
-    big = system.point / "big"
-    measure("sequential write+fsync", BYTES / MIB, lambda: helper("write", big, BYTES))
-    cold()
-    measure("sequential read, cold", BYTES / MIB, lambda: helper("read", big))
-    cold()
-    measure("random 4 KiB read, cold", RANDOM_READS, lambda: helper("random", big, RANDOM_READS))
-    system.umount()
-    result["mount"] = statistics.median(mount_times)
-    result["peak resident memory"] = system.peak
-    return result
+    def rate(self, name, call):
+        self.result[name] = call()
+        self.system.settle()
+
+    def files(self):
+        files, tree = self.point / "files", self.point / "tree"
+        files.mkdir()
+        tree.mkdir()
+        self.measure("create+write 4 KiB+close", FILES, lambda: helper("create", files, FILES, 4096))
+        untar = ["tar", "-xf", WORK / "tree.tar", "-C", tree]
+        self.measure("untar", self.tree_files, lambda: timed(lambda: run(*untar, limit=1800))[1])
+        self.cold()
+        self.measure("walk+stat, cold", self.tree_files, lambda: helper("walk", tree))
+        remove = ["rm", "-rf", tree]
+        self.measure("remove the tree", self.tree_files, lambda: timed(lambda: run(*remove, limit=1800))[1])
+
+    def big(self):
+        big = self.point / "big"
+        self.measure("sequential write+fsync", BYTES / MIB, lambda: helper("write", big, BYTES))
+        self.cold()
+        self.measure("sequential read, cold", BYTES / MIB, lambda: helper("read", big))
+        self.cold()
+        self.measure("random 4 KiB read, cold", RANDOM_READS, lambda: helper("random", big, RANDOM_READS))
+
+    def pgbench(self):
+        log = WORK / f"{self.system.name}-postgres.log"
+        self.rate("PostgreSQL, pgbench -c 8", lambda: databases.pgbench(self.point, log))
+
+    def sqlite(self):
+        base = self.point / "sqlite"
+        base.mkdir()
+        self.rate("SQLite, WAL, synchronous=full", lambda: databases.sqlite(base / "wal.db", "wal"))
+        self.rate("SQLite, rollback journal", lambda: databases.sqlite(base / "delete.db", "delete"))
+
+    def all(self):
+        for group in ("files", "big", "pgbench", "sqlite"):
+            if group in ROWS:
+                getattr(self, group)()
+        self.system.umount()
+        self.result["mount"] = statistics.median(self.mount_times)
+        self.result["peak resident memory"] = self.system.peak
+        return self.result
 
 
 def read_only_mount():
@@ -241,6 +276,8 @@ def table(medians, mounts):
         "|---|---|" + "---:|" * len(names) + "---:|---|",
     ]
     for measure, (unit, bigger, wanted) in MEASURES.items():
+        if any(measure not in medians[n] for n in names):
+            continue
         values = [number(medians[n][measure], unit) for n in names]
         ratio = verdict = ""
         if "embassyfs" in medians and "gocryptfs" in medians:
@@ -272,6 +309,8 @@ def machine():
 
 
 def main():
+    if unknown := set(ROWS) - set(GROUPS):
+        sys.exit(f"bench: no such rows: {', '.join(unknown)}; there are {', '.join(GROUPS)}")
     names = os.environ.get("BENCH_SYSTEMS", "ext4,gocryptfs,embassyfs").split(",")
     facts = machine()
     tree_files = prepare()
@@ -281,18 +320,18 @@ def main():
         for name in names[n % len(names) :] + names[: n % len(names)]:
             directory = harness.empty_dir(WORK / name)
             drop_caches()
-            rounds[name].append(one_round(SYSTEMS[name](directory), tree_files))
+            rounds[name].append(Round(SYSTEMS[name](directory), tree_files).all())
             shutil.rmtree(directory)
             said = ", ".join(f"{m} {number(v, MEASURES[m][0])}" for m, v in rounds[name][-1].items())
             print(f"round {n + 1}, {name}: {said}", flush=True)
     medians = {
         name: {
             m: (max if m == "peak resident memory" else statistics.median)(r[m] for r in rounds[name])
-            for m in MEASURES
+            for m in rounds[name][0]
         }
         for name in names
     }
-    mounts = read_only_mount() if "embassyfs" in names else {}
+    mounts = read_only_mount() if "embassyfs" in names and "many" in ROWS else {}
     text = table(medians, mounts)
     (OUT / "results.md").write_text(text + "\n")
     everything = {"machine": facts, "medians": medians, "rounds": rounds, "read-only mount": mounts}

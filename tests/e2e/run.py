@@ -36,6 +36,7 @@ CASES = {
     "tamper": (600, ["store", "local"]),
     "protection": (300, ["available", "strict", "local", "read_only_store"]),
     "real_input": (900, ["file", "s3"]),
+    "applications": (300, ["postgresql", "sqlite", "git", "rsync", "tar", "rust_build", "append_log"]),
     "pjdfstest": (300, [None]),
     "acl": (120, [None]),
     "access_times": (60, [None]),
