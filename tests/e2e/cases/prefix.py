@@ -18,7 +18,8 @@ from harness import Failed, check, run, say, volume_on, wait_until, program
 
 ROUNDS = 3
 WRITERS = 3
-RECORD = 24
+# A divisor of the page: a write that crosses pages may be two requests, and then be cut between them.
+RECORD = 32
 
 # After a crash a writer goes on where each of its files ended, so that none of them ever gets a gap.
 WRITER = r"""
@@ -31,7 +32,7 @@ outside = os.open(log, appending)
 n = min(has_a, has_b, has_s, has_d)
 while True:
     n += 1
-    record = b"%023d\n" % n
+    record = b"%031d\n" % n
     if n > has_a:
         os.write(a, record)
     if n > has_b:
@@ -55,7 +56,7 @@ outside = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
 marks = os.open(f"{point}/marks", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
 while True:
     n += 1
-    os.write(marks, b"%023d\n" % n)
+    os.write(marks, b"%031d\n" % n)
     if subprocess.run([program, "sync", point], stdin=subprocess.DEVNULL, capture_output=True).returncode == 0:
         os.write(outside, b"%d\n" % n)
 """
