@@ -12,7 +12,7 @@ use embassyfs::log::{Frames, Result};
 use embassyfs::tree::checkpoint::{self, Root};
 use embassyfs::tree::page::Page;
 use embassyfs::tree::value::{self, Body, Dirent, Entry, Extent, FileType, Inode};
-use embassyfs::tree::{Counters, Delta, Tree, Value, delta, key};
+use embassyfs::tree::{Counters, Delta, Source, Tree, Value, delta, key};
 use embassyfs::types::{CommitNo, FrameKind, FramePtr, Hash, Head, Ino, Seq, Timestamp, VolumeId, hex};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -130,7 +130,8 @@ fn pages() -> Vec<Vec<u8>> {
         written.push(page.to_vec());
         Ok(FramePtr { seq: Seq(5), offset: written.len() as u32, len: page.len() as u32 })
     };
-    Tree::default().merge(&NoFrames, &changes, 512, &mut write).unwrap();
+    let source = Source { frames: &NoFrames, fetch: &|_| Ok(()) };
+    Tree::default().merge(source, &changes, 512, &mut write).unwrap();
     written.into_inner().unwrap()
 }
 

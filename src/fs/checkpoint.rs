@@ -7,6 +7,7 @@ use super::commit::{Shipping, close_and_ship};
 use super::state::State;
 use crate::log::writer::LogWriter;
 use crate::log::{self, Append};
+use crate::tree::Source;
 use crate::tree::btree::Tree;
 use crate::tree::checkpoint::Root;
 use crate::tree::delta::{Counters, Delta};
@@ -145,12 +146,8 @@ fn run(fs: &Fs, log: &Mutex<LogWriter>, shipping: &dyn Shipping, frozen: &Frozen
     let changes = fold(&frozen.levels);
     let segment_size = fs.settings.segment_size;
     let mut write_page = |page: &[u8]| append_page(log, shipping, segment_size, page);
-    let merged = loop {
-        match frozen.tree.merge(&*fs.frames, &changes, fs.settings.page_size, &mut write_page) {
-            Err(log::Error::Missing(ptrs)) => shipping.fetch(&ptrs)?,
-            other => break other?,
-        }
-    };
+    let source = Source { frames: &*fs.frames, fetch: &|ptrs| shipping.fetch(ptrs) };
+    let merged = frozen.tree.merge(source, &changes, fs.settings.page_size, &mut write_page)?;
     let root = {
         let mut log = log.lock();
         let root = Root {

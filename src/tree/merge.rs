@@ -1,7 +1,7 @@
 //! Merging changes into the tree: a copy of the pages that the changes touch, and of the pages above them.
 //! Invariant: a page is written after the pages it points to; a page that no change has an effect on keeps its place,
 //! except for the one neighbour that a page which shrank below a quarter is packed with. Nothing is written before
-//! all that the changes touch is known to be here.
+//! all that the changes touch was here once and is whole; what a small cache has let go by then is fetched again.
 
 use super::btree::{Tree, load};
 use super::codec::{Reader, ptr_bytes};
@@ -9,13 +9,13 @@ use super::delta::{Delta, Value};
 use super::key::Key;
 use super::page::{Page, Run};
 use crate::log::{Error, Frames, Result};
-use crate::types::FramePtr;
+use crate::types::{FrameKind, FramePtr};
 use std::collections::{HashSet, btree_map};
 use std::iter::Peekable;
+use std::ops::Bound;
 
-/// How many missing pages a merge reports at once: more than a read, for nobody waits for it and every attempt looks
-/// at all pages again.
-const MISSING_MAX: usize = 1024;
+/// How often a page is fetched that is gone again when it is looked at, before the cache counts as too small.
+const FETCHES_MAX: usize = 100;
 
 /// An inner page is not closed with fewer children, however small pages are asked for: else a tree would not end.
 const FANOUT_MIN: usize = 4;
@@ -36,33 +36,59 @@ pub struct MergeOutcome {
 /// Appends one page to the log and says where it lies.
 pub type WritePage<'a> = &'a mut dyn FnMut(&[u8]) -> Result<FramePtr>;
 
+/// Where a merge has the pages of the old tree from. It may wait for them.
+#[derive(Clone, Copy)]
+pub struct Source<'a> {
+    /// What is here.
+    pub frames: &'a dyn Frames,
+    /// Brings more here, all at once.
+    pub fetch: &'a dyn Fn(&[FramePtr]) -> Result<()>,
+}
+
+impl Source<'_> {
+    fn load(&self, at: FramePtr, level: Option<u8>) -> Result<Page> {
+        for _ in 0..FETCHES_MAX {
+            match load(self.frames, at, level) {
+                Err(Error::Missing(ptrs)) => (self.fetch)(&ptrs)?,
+                done => return done,
+            }
+        }
+        Err(Error::Missing(vec![at]))
+    }
+
+    /// Has the pages that are not here fetched together. Those of one page's children at most, so that they fit into
+    /// the cache; if they do not, [`Source::load`] fetches them once more.
+    fn bring(&self, pages: impl Iterator<Item = FramePtr>) -> Result<()> {
+        let mut missing = Vec::new();
+        for at in pages {
+            match self.frames.get(at, FrameKind::Page) {
+                Err(Error::Missing(more)) => missing.extend(more),
+                other => drop(other?),
+            }
+        }
+        if missing.is_empty() { Ok(()) } else { (self.fetch)(&missing) }
+    }
+}
+
 impl Tree {
     /// This tree with `changes`, in pages of about `page_size` bytes. `out` is called once per page, without any
-    /// lock held here, so that others append in between. After [`Error::Missing`] nothing has been written.
+    /// lock held here, so that others append in between.
     pub fn merge(
         &self,
-        frames: &dyn Frames,
+        source: Source<'_>,
         changes: &Delta,
         page_size: usize,
         out: WritePage<'_>,
     ) -> Result<MergeOutcome> {
-        let mut survey = Survey {
-            frames,
-            changes: changes.iter().peekable(),
-            touched: HashSet::new(),
-            missing: Vec::new(),
-        };
-        if let Some(root) = self.root {
-            let touched = survey.visit(root, None, None)?;
-            if !survey.missing.is_empty() {
-                return Err(Error::Missing(survey.missing));
-            }
-            if !touched {
-                return Ok(MergeOutcome { tree: *self, ..MergeOutcome::default() });
-            }
+        let mut survey =
+            Survey { source, all: changes, changes: changes.iter().peekable(), touched: HashSet::new() };
+        if let Some(root) = self.root
+            && !survey.visit(root, None, None)?
+        {
+            return Ok(MergeOutcome { tree: *self, ..MergeOutcome::default() });
         }
         let mut rewrite = Rewrite {
-            frames,
+            source,
             changes: changes.iter().peekable(),
             touched: survey.touched,
             page_size,
@@ -98,22 +124,15 @@ fn end_of_child<'a>(page: &'a Page, i: usize, end: Option<&'a [u8]>) -> Result<O
 
 /// Finds the pages that the changes have an effect on.
 struct Survey<'a> {
-    frames: &'a dyn Frames,
+    source: Source<'a>,
+    all: &'a Delta,
     changes: Changes<'a>,
     touched: HashSet<FramePtr>,
-    missing: Vec<FramePtr>,
 }
 
 impl Survey<'_> {
     fn visit(&mut self, at: FramePtr, level: Option<u8>, end: Option<&[u8]>) -> Result<bool> {
-        let page = match load(self.frames, at, level) {
-            Err(Error::Missing(more)) => {
-                self.missing.extend(more);
-                while next_before(&mut self.changes, end).is_some() {}
-                return Ok(false);
-            }
-            page => page?,
-        };
+        let page = self.source.load(at, level)?;
         page.verify()?;
         let mut touched = false;
         if page.level() == 0 {
@@ -125,16 +144,43 @@ impl Survey<'_> {
                 };
             }
         }
-        for i in 0..if page.level() == 0 { 0 } else { page.count() } {
-            let child_end = end_of_child(&page, i, end)?;
-            if any_before(&mut self.changes, child_end) && self.missing.len() < MISSING_MAX {
-                touched |= self.visit(page.child(i)?, Some(page.level() - 1), child_end)?;
+        if page.level() > 0 {
+            let children = self.children_with_changes(&page, end)?;
+            self.source.bring(children.into_iter())?;
+            for i in 0..page.count() {
+                let child_end = end_of_child(&page, i, end)?;
+                if any_before(&mut self.changes, child_end) {
+                    touched |= self.visit(page.child(i)?, Some(page.level() - 1), child_end)?;
+                }
             }
         }
         if touched {
             self.touched.insert(at);
         }
         Ok(touched)
+    }
+}
+
+impl Survey<'_> {
+    fn children_with_changes(&mut self, page: &Page, end: Option<&[u8]>) -> Result<Vec<FramePtr>> {
+        let mut next = self.changes.peek().map(|(key, _)| *key);
+        let mut found = Vec::new();
+        for i in 0..page.count() {
+            let child_end = end_of_child(page, i, end)?;
+            let Some(key) = next else { break };
+            if child_end.is_none_or(|end| key.as_slice() < end) {
+                found.push(page.child(i)?);
+                next = match child_end {
+                    Some(end) => self
+                        .all
+                        .range::<[u8], _>((Bound::Included(end), Bound::Unbounded))
+                        .next()
+                        .map(|(k, _)| k),
+                    None => None,
+                };
+            }
+        }
+        Ok(found)
     }
 }
 
@@ -148,7 +194,7 @@ struct Level {
 }
 
 struct Rewrite<'a, 'o> {
-    frames: &'a dyn Frames,
+    source: Source<'a>,
     changes: Changes<'a>,
     touched: HashSet<FramePtr>,
     page_size: usize,
@@ -167,9 +213,11 @@ impl Rewrite<'_, '_> {
             while next_before(&mut self.changes, end).is_some() {}
             return self.keep(at, level, first);
         }
-        let page = load(self.frames, at, level)?;
+        let page = self.source.load(at, level)?;
         self.outcome.dead.push(at);
         if page.level() > 0 {
+            let children: Vec<FramePtr> = (0..page.count()).map(|i| page.child(i)).collect::<Result<_>>()?;
+            self.source.bring(children.into_iter().filter(|child| self.touched.contains(child)))?;
             for i in 0..page.count() {
                 let child_end = end_of_child(&page, i, end)?;
                 self.visit(page.child(i)?, Some(page.level() - 1), page.key(i)?, child_end)?;
@@ -216,7 +264,7 @@ impl Rewrite<'_, '_> {
 
     /// Takes the entries of an unchanged page over instead of the page. It can wait if the page is not here.
     fn open(&mut self, at: FramePtr, level: u8) -> Result<bool> {
-        let page = match load(self.frames, at, Some(level)) {
+        let page = match load(self.source.frames, at, Some(level)) {
             Err(Error::Missing(_)) => return Ok(false),
             page => page?,
         };
@@ -334,7 +382,7 @@ impl Rewrite<'_, '_> {
     /// The root of a tree whose root would be `at`, without the levels that have only one page.
     fn collapse(&mut self, mut at: FramePtr, mut level: u8) -> Result<FramePtr> {
         while level > 0 {
-            match load(self.frames, at, Some(level)) {
+            match load(self.source.frames, at, Some(level)) {
                 Ok(page) if page.count() == 1 => {
                     self.outcome.dead.push(at);
                     at = page.child(0)?;

@@ -20,4 +20,4 @@ pub use btree::{Cursor, Tree};
 pub use delta::{Counters, Delta, Value};
 pub use key::{Key, KeyRange};
 pub use memtable::Levels;
-pub use merge::MergeOutcome;
+pub use merge::{MergeOutcome, Source};

@@ -12,12 +12,20 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Pages in memory; those that are not in `warm` are missing, as if they were only in the store.
-#[derive(Default)]
 struct Pages {
     all: Mutex<Vec<Bytes>>,
     cold: bool,
     warm: Mutex<HashSet<FramePtr>>,
+    /// How many of them there can be while a merge runs.
+    room: usize,
     fetches: AtomicUsize,
+}
+
+impl Default for Pages {
+    fn default() -> Pages {
+        let (all, warm, fetches) = Default::default();
+        Pages { all, cold: false, warm, room: usize::MAX, fetches }
+    }
 }
 
 impl Frames for Pages {
@@ -54,14 +62,23 @@ impl Pages {
     }
 
     fn merge(&self, tree: &Tree, changes: &Delta, page_size: usize) -> MergeOutcome {
-        self.fetching(|| {
-            let before = self.all.lock().unwrap().len();
-            let outcome = tree.merge(self, changes, page_size, &mut |page| self.append(page));
-            if let Err(Error::Missing(_)) = outcome {
-                assert_eq!(self.all.lock().unwrap().len(), before, "nothing is written before all is here");
+        self.warm.lock().unwrap().clear();
+        self.fetches.store(0, Ordering::Relaxed);
+        let before = self.all.lock().unwrap().len();
+        let fetch = |ptrs: &[FramePtr]| {
+            let mut warm = self.warm.lock().unwrap();
+            if self.room == usize::MAX {
+                let written = self.all.lock().unwrap().len() - before;
+                assert_eq!(written, 0, "nothing is written before all is here");
+            } else if warm.len() + ptrs.len() > self.room {
+                warm.clear();
             }
-            outcome
-        })
+            warm.extend(ptrs.iter().take(self.room));
+            self.fetches.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        };
+        let source = Source { frames: self, fetch: &fetch };
+        tree.merge(source, changes, page_size, &mut |page| self.append(page)).unwrap()
     }
 
     /// All pages of `tree`, checked.
@@ -295,6 +312,32 @@ fn a_cold_range_asks_for_its_pages_together_and_a_small_one_for_few() {
 }
 
 #[test]
+fn a_merge_ends_whatever_the_cache_holds_and_fetches_in_few_goes_when_it_holds_enough() {
+    let pages = Pages::default();
+    let tree = pages.merge(&Tree::default(), &numbered(0..20_000), PAGE_SIZE).tree;
+    let count = pages.walk(&tree).len();
+    let changes: Delta = (0..20_000).step_by(3).map(|i| (key::inode(Ino(i + 1)), None)).collect();
+    let want = pages.merge(&tree, &changes, PAGE_SIZE);
+    let all = key::everything();
+    for room in [1, 3, count / 3, count, usize::MAX] {
+        let pages = Pages {
+            cold: true,
+            room,
+            all: Mutex::new(pages.all.lock().unwrap().clone()),
+            ..Pages::default()
+        };
+        let got = pages.merge(&tree, &changes, PAGE_SIZE);
+        assert_eq!(got.dead, want.dead, "{room}");
+        let fetches = pages.fetches.load(Ordering::Relaxed);
+        assert!(
+            room < count || fetches <= 1 + pages.walk(&tree).iter().filter(|(_, p)| p.level() > 0).count()
+        );
+        let found = pages.fetching(|| got.tree.range(&pages, &all.start, &all.end, usize::MAX));
+        assert_eq!(found.len(), 20_000 - changes.len(), "{room}");
+    }
+}
+
+#[test]
 fn damaged_pages_are_errors_and_never_panics() {
     let mut rng = Rng(99);
     let pages = Pages::default();
@@ -326,7 +369,8 @@ fn damaged_pages_are_errors_and_never_panics() {
         let _ = tree.range(&pages, &some, &all.end, 50);
         let _ = tree.last(&pages, &all.start, &some);
         let n = pages.all.lock().unwrap().len();
-        let _ = tree.merge(&pages, &Delta::from([(some, None)]), 512, &mut |page| pages.append(page));
+        let source = Source { frames: &pages, fetch: &|_| Ok(()) };
+        let _ = tree.merge(source, &Delta::from([(some, None)]), 512, &mut |page| pages.append(page));
         pages.all.lock().unwrap().truncate(n);
         pages.all.lock().unwrap()[victim] = good;
     }
