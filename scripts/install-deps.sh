@@ -9,7 +9,7 @@ purpose=${1:-test}
 wanted="fusermount3:fuse3 cc:gcc mountpoint:util-linux"
 case $purpose in
     demo) wanted="$wanted git:git" ;;
-    test) wanted="$wanted git:git python3:python3" ;;
+    test) wanted="$wanted git:git python3:python3 stress-ng:stress-ng dbench:dbench fio:fio setcap:libcap2-bin" ;;
     bench) wanted="$wanted git:git python3:python3 gocryptfs:gocryptfs" ;;
     *) fail "usage: install-deps.sh [demo|test|bench]" ;;
 esac
