@@ -205,7 +205,8 @@ def dbench(directory):
         wrong = re.findall(r".*(?:fail|ERROR|expected|No such).*", text)
         good = done.returncode == 0 and figure and not wrong
         said = figure.group(1) if figure else "?"
-        check(good, f"dbench {form}: {clients} clients, {seconds} s: {said}", f"exit {done.returncode}: {text[-800:]}")
+        detail = f"exit {done.returncode}: {wrong or text[-800:]}"
+        check(good, f"dbench {form}: {clients} clients, {seconds} s: {said}", detail)
     same_at_home_and_abroad(volume, home)
 
 

@@ -1,0 +1,1 @@
+def main(directory): raise SystemExit(1)
