@@ -56,7 +56,7 @@ mkdir -p target/tools/bin
 ln -sf "$S3S_FS" target/tools/bin/s3s-fs
 
 step "fsx"
-FSX=${FSX:-$(need_cargo && tool fsx 0.3.2 fsx)}
+FSX=${FSX:-$(tool fsx 0.3.2 fsx)}
 export FSX
 
 if [ $# -eq 0 ]; then
