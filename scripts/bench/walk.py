@@ -82,7 +82,8 @@ def main():
         embassy.umount(limit=600)
     text = report(rows)
     (OUT / "walk.md").write_text(text + "\n")
-    (OUT / "walk.json").write_text(json.dumps({"machine": bench.machine(), "create": [rate, peak], "walks": rows}) + "\n")
+    everything = {"machine": bench.machine(), "create": [rate, peak], "walks": rows}
+    (OUT / "walk.json").write_text(json.dumps(everything) + "\n")
     print(f"medians of {ROUNDS} rounds, {FILES:,} files, {PER_DIRECTORY:,} in a directory\n\n{text}")
 
 

@@ -1,4 +1,4 @@
-"""Contents: open and removed, sparse and huge, holes, shared copies, mappings, appending, direct and synchronous, locks.
+"""Contents: open and removed, sparse and huge, holes, shared copies, mappings, appending, direct, synchronous, locks.
 
 Invariant: what is read is compared with what was written, never with another read of the mount alone.
 """
@@ -59,7 +59,8 @@ def open_and_removed(root):
     got = os.pread(fd, size, 0)
     check(got == want and os.fstat(fd).st_nlink == 0, "an open file without a name is read, written and cut")
     os.close(fd)
-    check(os.pread(again, 10, 0) == want[:10] and used(root) - before >= size // 2, "until its last descriptor is closed")
+    held = os.pread(again, 10, 0) == want[:10] and used(root) - before >= size // 2
+    check(held, "until its last descriptor is closed")
     os.close(again)
     wait_until(lambda: used(root) <= before, 30, "the room of the removed file comes back")
     say("ok  then its room comes back")
@@ -218,7 +219,8 @@ def copies(volume, home):
     check(trees.digest(target) == digest, "and reads as the original")
     with opened(target) as new:
         os.pwrite(new, b"changed", size // 2)
-    check(trees.digest(source) == digest and trees.digest(target) != digest, "a change of the copy is none of the original")
+    apart = trees.digest(source) == digest and trees.digest(target) != digest
+    check(apart, "a change of the copy is none of the original")
     os.unlink(source)
     home.sync()
     want = bytearray(random_piece("source", size, size // 2))
@@ -341,18 +343,20 @@ def locks(root):
     for name, (take, release) in ways.items():
         with opened(path) as fd:
             take(fd)
-            ends_with(errno.EAGAIN, f"{name} lock held by another process", lambda t=take: Child(lambda: try_it(t)).wait())
+            other = lambda t=take: Child(lambda: try_it(t)).wait()  # noqa: E731
+            ends_with(errno.EAGAIN, f"{name} lock held by another process", other)
             release(fd)
-            ends_with(0, f"{name} lock after it was let go", lambda t=take: Child(lambda: try_it(t)).wait())
+            ends_with(0, f"{name} lock after it was let go", other)
             take(fd)
-        ends_with(0, f"{name} lock after its file was closed", lambda t=take: Child(lambda: try_it(t)).wait())
+        ends_with(0, f"{name} lock after its file was closed", other)
     with opened(path) as fd, opened(path) as other:
         ways["fcntl"][0](fd)
         ways["fcntl"][0](other)
         say("ok  a process does not keep itself out with fcntl locks")
         ways["OFD"][1](fd)
         os.close(os.dup(other))
-        ends_with(0, "fcntl locks end when any descriptor is closed", lambda: Child(lambda: try_it(ways["fcntl"][0])).wait())
+        third = lambda: Child(lambda: try_it(ways["fcntl"][0])).wait()  # noqa: E731
+        ends_with(0, "fcntl locks end when any descriptor is closed", third)
         ways["OFD"][0](fd)
         ends_with(errno.EAGAIN, "an OFD lock keeps out its own process", lambda: ways["OFD"][0](other))
         os.close(os.dup(other))

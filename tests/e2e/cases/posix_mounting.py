@@ -49,7 +49,8 @@ def acts(home, words):
             ends_with(errno.EROFS, "ro: a change", call)
         check((root / "text").read_text() == "readable", "ro: reading")
     device = lambda: os.close(os.open(root / "null", os.O_RDONLY))  # noqa: E731
-    ends_with(0 if "dev" in words else errno.EACCES, f"{'dev' if 'dev' in words else 'nodev'}: opening a device", device)
+    word, code = ("dev", 0) if "dev" in words else ("nodev", errno.EACCES)
+    ends_with(code, f"{word}: opening a device", device)
     if "noexec" in words:
         ends_with(errno.EACCES, "noexec: running a program", lambda: run_as(ALICE, root / "id"))
     else:
@@ -159,8 +160,9 @@ def alone(resident):
     """Without allow_other nobody else comes in, root neither."""
     resident.mount("protection=local")
     point = resident.point
-    resident.do(lambda: (point / "mine").write_text("written by a user"))
-    check(resident.do(lambda: (point / "mine").read_text()) == "written by a user", "who mounted reads and writes")
+    write = lambda: resident.do(lambda: (point / "mine").write_text("written by a user") and None)  # noqa: E731
+    ends_with(0, "a user writes into a volume of the user's own", write)
+    check(resident.do(lambda: (point / "mine").read_text()) == "written by a user", "and reads it")
     owner = resident.do(lambda: os.stat(point / "mine").st_uid)
     check(owner == resident.user, "files belong to who made them", str(owner))
     for who, user in (("another user", ALICE), ("root", 0)):
@@ -168,7 +170,8 @@ def alone(resident):
             ends_with(errno.EACCES, f"{who} may not {what} without allow_other", lambda c=call, u=user: as_user(u, c))
     table = options_of(point)
     check({"nosuid", "nodev"} <= set(table), "a user's mount has nosuid and nodev", ",".join(table))
-    ends_with(errno.EPERM, "a user makes no devices", lambda: resident.do(lambda: os.mknod(point / "null", 0o020666, 259)))
+    device = lambda: resident.do(lambda: os.mknod(point / "null", 0o020666, os.makedev(1, 3)))  # noqa: E731
+    ends_with(errno.EPERM, "a user makes no devices", device)
     others_leave_it(resident)
     said = json.loads(resident.run("status", point, "--json").stdout)
     check(said["mountpoint"] == str(point), "the user sees the mount's status")

@@ -202,7 +202,8 @@ def dbench(directory):
         done = run(*command, "-D", place, clients, limit=seconds * 5 + 120, ok=None)
         text = done.stdout + done.stderr
         figure = re.search(r"^Throughput ([0-9.]+ MB/sec).*", text, re.M)
-        wrong = re.findall(r".*(?:fail|ERROR|expected|No such).*", text)
+        (directory / f"dbench-{number}.log").write_text(text)
+        wrong = re.findall(r".*(?:fail|ERROR|expected|succeeded|No such).*", text)
         good = done.returncode == 0 and figure and not wrong
         said = figure.group(1) if figure else "?"
         detail = f"exit {done.returncode}: {wrong or text[-800:]}"
