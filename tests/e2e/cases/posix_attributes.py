@@ -188,13 +188,28 @@ def table_of_directories(place):
     return out
 
 
+def alike(key, want, got):
+    """Whether two answers are equal, as far as the kernel lets any FUSE file system answer like ext4."""
+    if key[0] == "stranger" and key[2] == "chown of nothing":
+        # The kernel takes the capability away before it asks anybody whether the change is allowed.
+        return want[:2] == got[:2]
+    mode, differs = int(got[1], 8), int(want[1], 8) ^ int(got[1], 8)
+    if key[0] == "stranger" and differs == stat.S_ISGID and not mode & stat.S_IXGRP:
+        # Only the kernel knows all groups of the writer. Without the right of the group to run the file the bit gives
+        # nobody anything.
+        return want[0] == got[0] and want[2:] == got[2:]
+    return want == got
+
+
 def beside_ext4(plain, home):
     """Set-id bits and capabilities under every change, by root, owner and strangers: as ext4 has it."""
     (kind,) = {k for at, k, _, _ in mounts() if at == "/"} or {"?"}
     say(f"the plain directory lies on {kind}")
     for claim, table in (("files", table_of_changes), ("directories", table_of_directories)):
         want, got = table(plain / claim), table(home / claim)
-        wrong = [f"{' / '.join(key)}: {got[key]}, there {want[key]}" for key in want if want[key] != got[key]]
+        wrong = [
+            f"{' / '.join(key)}: {got[key]}, there {want[key]}" for key in want if not alike(key, want[key], got[key])
+        ]
         moved = sum(1 for key in want if want[key][1] != key[1])
         told = "\n      ".join(["", *wrong[:60]])
         check(not wrong, f"{claim}: {len(want)} changes ({moved} of them change the mode) as on the plain disk", told)
