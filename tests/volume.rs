@@ -7,7 +7,7 @@ use common::{ROOT_USER, World, content, create, node, noise};
 use embassyfs::fs::{SetAttr, XattrMode};
 use embassyfs::log::volume::Parameters;
 use embassyfs::replica::Version;
-use embassyfs::replica::volume::Volume;
+use embassyfs::replica::volume::{OpenOptions, Volume};
 use embassyfs::tree::value::FileType;
 use embassyfs::types::{CommitNo, Ino};
 use std::time::Duration;
@@ -191,5 +191,45 @@ fn a_second_home_is_refused_and_told_why() {
     world.sync(&home);
     let error = Volume::open(world.options("other"), world.runtime.handle()).map(|_| ()).unwrap_err();
     assert!(error.to_string().contains("promote"), "{error}");
+    home.close(Duration::from_secs(20));
+}
+
+#[test]
+fn a_full_volume_takes_overwrites_refuses_growth_and_has_room_again_at_once() {
+    const MIB: u64 = 1 << 20;
+    let world = World::new(Parameters::default());
+    let limited = OpenOptions { size_limit: Some(40 * MIB), ..world.options("home") };
+    let home = Volume::open(limited, world.runtime.handle()).unwrap();
+    let file = create(&world, &home, Ino::ROOT, "register", b"");
+    let write = |ino: Ino, at: u64, seed: u64| {
+        let data = noise(seed, MIB as usize);
+        world.run(&home, |fs| fs.write(ino, at, &data, false))
+    };
+    // Far more than is kept in memory: what was sealed early counts as well.
+    let fitted = (0..80).take_while(|i| write(file, i * MIB, *i).is_ok()).count();
+    assert_eq!(fitted, 40);
+    assert_eq!(home.fs.usage().used, 40 * MIB);
+    for i in 0..40 {
+        write(file, i * MIB, 100 + i).unwrap();
+    }
+    assert_eq!(write(file, 40 * MIB, 1).unwrap_err().errno(), libc::ENOSPC);
+    assert_eq!(world.run(&home, |fs| fs.fallocate(file, 0, 41 * MIB, 0)).unwrap_err().errno(), libc::ENOSPC);
+    world.run(&home, |fs| fs.fallocate(file, 0, 40 * MIB, 0)).unwrap();
+    // Each way to make room, and the room used at once.
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    world.run(&home, |fs| fs.fallocate(file, 0, 10 * MIB, mode)).unwrap();
+    let second = create(&world, &home, Ino::ROOT, "second", b"");
+    for i in 0..10 {
+        write(second, i * MIB, 200 + i).unwrap();
+    }
+    assert_eq!(write(second, 10 * MIB, 1).unwrap_err().errno(), libc::ENOSPC);
+    world.run(&home, |fs| fs.unlink(Ino::ROOT, b"second")).unwrap();
+    let shorter = SetAttr { size: Some(20 * MIB), ..SetAttr::default() };
+    world.run(&home, |fs| fs.setattr(file, &shorter)).unwrap();
+    let third = create(&world, &home, Ino::ROOT, "third", b"");
+    for i in 0..30 {
+        write(third, i * MIB, 300 + i).unwrap();
+    }
+    assert_eq!(write(third, 30 * MIB, 1).unwrap_err().errno(), libc::ENOSPC);
     home.close(Duration::from_secs(20));
 }

@@ -153,7 +153,8 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
 
 fn dispatch(args: Vec<OsString>) -> exit::Outcome {
     let name = args.first().map(Path::new).and_then(Path::file_name);
-    if name.is_some_and(|n| n == "mount.embassyfs") {
+    // The second is what mount(8) looks for when it finds the type in the mount table, to remount.
+    if name.is_some_and(|n| n == "mount.embassyfs" || n == "mount.fuse.embassyfs") {
         return mount_helper::run(args.into_iter().skip(1).collect());
     }
     let cli = match Cli::try_parse_from(args) {

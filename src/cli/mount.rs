@@ -117,7 +117,7 @@ pub fn plan(args: MountArgs) -> Result<MountPlan, Failure> {
         suid: options.suid,
         dev: options.dev,
         exec: options.exec,
-        atime: options.atime,
+        relatime: options.relatime,
         read_ahead_kib: u32::try_from(options.read_ahead >> 10).unwrap_or(u32::MAX),
         ..MountSettings::new(absolute(&mountpoint)?, fsname)
     };
@@ -137,6 +137,7 @@ pub fn plan(args: MountArgs) -> Result<MountPlan, Failure> {
             dirty_size: options.dirty_size,
             uploads: options.uploads,
             size_limit: options.size_limit,
+            relatime: options.relatime,
         },
         settings,
         foreground: args.foreground || config.foreground.unwrap_or(false),

@@ -4,10 +4,12 @@
 
 use super::exit::{ExitCode, Failure, Outcome};
 use super::mount::{self, MountArgs};
+use super::mounted;
 use super::options::{MountOptions, parse_at, parse_pair};
 use super::{StoreArgs, logging};
+use crate::fuse::mount::{self as kernel, MountSettings};
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 const USAGE: &str = "usage: mount.embassyfs CONFIG_FILE|STORE_URL MOUNTPOINT [-sfnv] [-o OPTION,...]; besides the \
                      mount options: key=FILE, state=DIR, config=FILE, at=SEQ|TIME, log_file=FILE, log_level=LEVEL, \
@@ -25,6 +27,9 @@ pub struct HelperArgs {
 /// Runs the command with the words behind the program's name.
 pub fn run(words: Vec<OsString>) -> Outcome {
     let call = parse(words)?;
+    if let Some(words) = call.remount {
+        return remount(&call.args, &words, call.fake);
+    }
     if call.fake {
         return mount::plan(call.args).map(|_| ExitCode::Ok);
     }
@@ -36,6 +41,8 @@ struct Call {
     args: MountArgs,
     /// `-f`: look at everything, mount nothing.
     fake: bool,
+    /// `-o remount`, with all the words beside it.
+    remount: Option<Vec<String>>,
 }
 
 fn parse(words: Vec<OsString>) -> Result<Call, Failure> {
@@ -79,10 +86,46 @@ fn parse(words: Vec<OsString>) -> Result<Call, Failure> {
     }
     // mount -a finds out by the source whether it is mounted already. A comma cannot stand there.
     args.fstab_source = (!spec_text.contains(',')).then_some(spec_text);
-    for word in lists.iter().flat_map(|list| list.split(',')).filter(|word| !word.is_empty()) {
+    let words: Vec<&str> =
+        lists.iter().flat_map(|list| list.split(',')).filter(|word| !word.is_empty()).collect();
+    if words.contains(&"remount") {
+        let words = words.into_iter().map(String::from).collect();
+        return Ok(Call { args, fake, remount: Some(words) });
+    }
+    for word in words {
         take_option(&mut args, word, sloppy)?;
     }
-    Ok(Call { args, fake })
+    Ok(Call { args, fake, remount: None })
+}
+
+/// Changes what the kernel keeps of a mount: `ro`, `suid`, `dev`, `exec` and their opposites. mount(8) passes all the
+/// options of the mount, changed ones and others; the others are the daemon's, which keeps those it was started with.
+fn remount(args: &MountArgs, words: &[String], fake: bool) -> Outcome {
+    let place = args.mountpoint.as_deref().unwrap_or(Path::new("."));
+    let mount = mounted::find(place)?;
+    let mut options = MountOptions::default();
+    for word in words.iter().filter(|word| !word.contains('=') && *word != "remount") {
+        let _ = options.apply_one(word); // no concern of the kernel's
+    }
+    let has = |name: &str| mount.entry.options.split(',').any(|option| option == name);
+    if !options.read_only && has("ro") && mount.status()?.role != "writer" {
+        return Err(Failure::usage(format!("{} was mounted to read only", mount.path.display()))
+            .hint("unmount it, and mount it with the writer's key"));
+    }
+    let settings = MountSettings {
+        read_only: options.read_only,
+        suid: options.suid,
+        dev: options.dev,
+        exec: options.exec,
+        relatime: !has("noatime"),
+        ..MountSettings::new(mount.path.clone(), String::new())
+    };
+    if !fake {
+        let failed =
+            |e| Failure::from_error(ExitCode::Failed, format!("cannot remount {}", mount.path.display()), &e);
+        kernel::remount(&settings).map_err(failed)?;
+    }
+    Ok(ExitCode::Ok)
 }
 
 /// One option: either what is a flag elsewhere, or a mount option.

@@ -4,7 +4,8 @@ use super::exit::{ExitCode, Failure};
 use crate::clock::Env;
 use crate::fuse::mount::own_ids;
 use crate::fuse::table::{self, MountEntry};
-use crate::ops::control::{Client, ControlError, socket_path};
+use crate::ops::control::{Client, ControlError, Request, socket_path};
+use crate::ops::status::Status;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -53,6 +54,12 @@ impl Mounted {
     /// A connection to the daemon.
     pub fn daemon(&self) -> Result<Client, Failure> {
         self.connect().map_err(|e| self.unreachable(&e))
+    }
+
+    /// How the daemon says it stands.
+    pub fn status(&self) -> Result<Status, Failure> {
+        let answer = self.daemon()?.ask(Request::Status {}, &mut |_| {});
+        answer.map_err(|e| self.failure("no status of", ExitCode::Failed, &e))
     }
 
     fn socket(&self) -> PathBuf {

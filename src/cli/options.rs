@@ -46,8 +46,8 @@ pub struct MountOptions {
     pub dev: bool,
     /// `exec`
     pub exec: bool,
-    /// `atime`: what the mount table shows, and nothing else.
-    pub atime: bool,
+    /// `relatime`: reading changes access times that are older than the last change, or a day old.
+    pub relatime: bool,
     /// `read_ahead=`
     pub read_ahead: u64,
 }
@@ -68,7 +68,7 @@ impl Default for MountOptions {
             suid: false,
             dev: false,
             exec: true,
-            atime: false,
+            relatime: false,
             read_ahead: 1 << 20,
         }
     }
@@ -90,7 +90,10 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("exec, noexec", "programs can be run from the mount (default exec)"),
     ("suid, nosuid", "set-user-id bits count (default nosuid)"),
     ("dev, nodev", "device files work (default nodev)"),
-    ("atime, relatime, noatime", "no effect: reading never changes access times"),
+    (
+        "relatime, noatime",
+        "reading changes access times, at most daily or once after a change (default noatime)",
+    ),
     ("read_ahead=SIZE", "how far the kernel reads ahead (default 1M; 0: the kernel's own)"),
 ];
 
@@ -141,8 +144,11 @@ impl MountOptions {
             "exec" | "noexec" => self.exec = word == "exec",
             "suid" | "nosuid" => self.suid = word == "suid",
             "dev" | "nodev" => self.dev = word == "dev",
-            "atime" | "relatime" | "strictatime" => self.atime = true,
-            "noatime" | "norelatime" => self.atime = false,
+            "atime" | "relatime" => self.relatime = true,
+            "noatime" | "norelatime" => self.relatime = false,
+            "strictatime" => {
+                return Err(Failure::usage("option 'strictatime' is not supported").hint("use 'relatime'"));
+            }
             "remount" => {
                 return Err(Failure::usage("option 'remount' is not supported")
                     .hint("unmount and mount again with the new options"));

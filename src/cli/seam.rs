@@ -7,7 +7,8 @@ use super::session::{MountControl, Session};
 use crate::clock::Env;
 use crate::crypto::keyfile::{KeyFile, KeyFileError, Role};
 use crate::crypto::slots::Argon2Params;
-use crate::fuse::mount::MountSettings;
+use crate::fs::Caller;
+use crate::fuse::mount::{MountSettings, own_ids};
 use crate::log::volume::{self, Parameters};
 use crate::log::{CommitInfo, Error};
 use crate::ops::control::Control;
@@ -57,6 +58,8 @@ pub struct OpenRequest {
     pub uploads: u32,
     /// Bound on what the volume may hold, in bytes.
     pub size_limit: Option<u64>,
+    /// Reading changes access times.
+    pub relatime: bool,
 }
 
 /// An open volume, not mounted yet.
@@ -81,6 +84,8 @@ pub fn open(request: OpenRequest) -> Result<Box<dyn Served>, Failure> {
     let key = load_key(&request.key, if request.read_only { Role::Reader } else { Role::Writer })?;
     let store = open_store(&request.store_url, &request.store_options)?;
     let runtime = runtime()?;
+    // Who mounts a new volume can use it, root or not.
+    let (uid, gid) = own_ids();
     let options = OpenOptions {
         store,
         key,
@@ -99,6 +104,8 @@ pub fn open(request: OpenRequest) -> Result<Box<dyn Served>, Failure> {
         dirty_max: request.dirty_size,
         uploads: request.uploads as usize,
         size_limit: request.size_limit,
+        relatime: request.relatime,
+        root_owner: Caller { uid, gid },
     };
     let volume = Volume::open(options, runtime.handle()).map_err(|e| failure(&e))?;
     let control = Arc::new(MountControl::new(Arc::new(volume), &request));

@@ -1,9 +1,8 @@
 //! `embassyfs status`: how a mounted volume stands, or what a store says about its volume.
 
 use super::exit::{ExitCode, Failure, Outcome};
-use super::mounted::{self, Mounted};
+use super::mounted;
 use super::{StoreArgs, absolute, print, print_error, print_json, required, seam};
-use crate::ops::control::Request;
 use crate::ops::status::Status;
 use std::path::PathBuf;
 
@@ -36,17 +35,12 @@ pub fn run(args: StatusArgs) -> Outcome {
     }
     match &args.mountpoint {
         Some(path) => {
-            let status = ask(&mounted::find(path)?)?;
+            let status = mounted::find(path)?.status()?;
             show(&status, args.json)?;
             Ok(ExitCode::Ok)
         }
         None => of_all(args.json),
     }
-}
-
-fn ask(mount: &Mounted) -> Result<Status, Failure> {
-    let answer = mount.daemon()?.ask(Request::Status {}, &mut |_| {});
-    answer.map_err(|e| mount.failure("no status of", ExitCode::Failed, &e))
 }
 
 fn show(status: &Status, json: bool) -> Result<(), Failure> {
@@ -62,7 +56,7 @@ fn of_all(json: bool) -> Outcome {
     let mut code = ExitCode::Ok;
     let mut all = Vec::new();
     for mount in mounted::all()? {
-        match ask(&mount) {
+        match mount.status() {
             Ok(status) => all.push(status),
             Err(failure) => {
                 print_error(&failure.to_string());

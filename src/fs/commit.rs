@@ -358,6 +358,7 @@ impl Committer {
         let dirty = Arc::new(std::mem::take(&mut state.dirty));
         state.sealing = Some(dirty.clone());
         state.sealing_bytes = std::mem::take(&mut state.dirty_bytes);
+        state.sealing_growth = std::mem::take(&mut state.growth);
         state.full.clear();
         let no = state.generation;
         state.generation = CommitNo(no.0 + 1);
@@ -383,7 +384,8 @@ impl Committer {
             state.levels.insert(0, Level { delta: Arc::new(changes), weight, frozen: false });
         }
         let done = state.sealing.take();
-        state.sealing_bytes = 0;
+        (state.sealing_bytes, state.sealing_growth) = (0, 0);
+        state.over_limit = false;
         state.live_bytes = counters.live_bytes;
         let waiting = self.take_waiting(&mut state);
         drop(state);

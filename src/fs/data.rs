@@ -13,6 +13,9 @@ use crate::types::{FrameKind, FramePtr, Ino};
 use bytes::Bytes;
 use std::ops::Range;
 
+/// Longest change, in bytes, for which the count of a sparse file's bytes is kept instead of made anew.
+const COUNT_MAX: u64 = 16 << 20;
+
 /// What `lseek` looks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seek {
@@ -100,29 +103,24 @@ impl Fs {
         let end = offset.checked_add(data.len() as u64).filter(|end| *end <= MAX_FILE_SIZE);
         let Some(end) = end else { return os(libc::EFBIG) };
         let mut tx = self.begin_growing()?;
-        tx.check_limit(data.len() as u64)?;
         tx.open_for_write(ino)?;
+        tx.check_limit(ino, offset..end, data.len() as u64)?;
         let now = tx.now;
         let inode = tx.inode(ino)?;
         if offset > inode.size {
             inode.flags |= SPARSE;
         }
-        let sparse = inode.flags & SPARSE != 0;
         inode.size = inode.size.max(end);
         (inode.mtime, inode.ctime) = (now, now);
         if kill {
             clear_set_id(inode);
         }
-        if sparse {
-            tx.st.allocated.remove(&ino);
-        }
+        tx.count_allocated(ino, offset..end, data.len() as u64);
         let record = self.settings.record_size;
-        let state = &mut *tx.st;
-        let file = state.dirty.entry(ino).or_default();
-        let before = file.bytes();
-        file.write(offset, data, record, |start| state.full.push_back((ino, start)));
-        state.dirty_bytes = state.dirty_bytes + file.bytes() - before;
-        let seal_early = state.full.len() as u64 * record >= super::commit::SEAL_EARLY_BYTES;
+        tx.st.edit_dirty(ino, |file, full| {
+            file.write(offset, data, record, |start| full.push_back((ino, start)));
+        });
+        let seal_early = tx.st.full.len() as u64 * record >= super::commit::SEAL_EARLY_BYTES;
         tx.apply();
         if seal_early {
             self.wake.notify_one();
@@ -146,15 +144,20 @@ impl Fs {
         let inode = tx.inode(ino)?;
         let old = inode.size;
         (inode.mtime, inode.ctime) = (now, now);
+        if mode & !libc::FALLOC_FL_KEEP_SIZE == 0 {
+            // Nothing is reserved, but what could never be written is refused now.
+            tx.check_limit(ino, offset..end, len)?;
+        }
+        let inode = tx.inode(ino)?;
         if mode & libc::FALLOC_FL_KEEP_SIZE == 0 && end > old {
             inode.size = end;
             inode.flags |= SPARSE;
         }
         if mode & (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) != 0 && offset < old {
             inode.flags |= SPARSE;
+            tx.count_allocated(ino, offset..end.min(old), 0);
             tx.punch(ino, offset..end.min(old));
         }
-        tx.st.allocated.remove(&ino);
         tx.apply();
         Ok(())
     }
@@ -204,7 +207,7 @@ impl Fs {
         tx.open_for_write(to.0)?;
         let pieces = self.pieces(&tx.st, from.0, from.1..from.1 + len)?;
         let stored: u64 = pieces.iter().filter(|p| !matches!(p.source, Source::Hole)).map(|p| p.len).sum();
-        tx.check_limit(stored)?;
+        tx.check_limit(to.0, to.1..end, stored)?;
         let now = tx.now;
         let target = tx.inode(to.0)?;
         if to.1 > target.size || stored < len {
@@ -213,10 +216,10 @@ impl Fs {
         target.size = target.size.max(end);
         (target.mtime, target.ctime) = (now, now);
         clear_set_id(target);
+        tx.count_allocated(to.0, to.1..end, stored);
         for piece in &pieces {
             tx.place(to.0, piece.start - from.1 + to.1, piece);
         }
-        tx.st.allocated.remove(&to.0);
         tx.apply();
         Ok(len)
     }
@@ -244,26 +247,43 @@ impl Tx<'_> {
         self.drop_capability(ino)
     }
 
-    /// `ENOSPC` when `more` bytes would pass the volume's size limit.
-    fn check_limit(&self, more: u64) -> Result<()> {
-        match self.fs.settings.size_limit {
-            Some(limit)
-                if self.st.live_bytes + self.st.dirty_bytes + self.st.sealing_bytes + more > limit =>
-            {
-                os(libc::ENOSPC)
-            }
-            _ => Ok(()),
+    /// Refuses what would pass the volume's size limit: `range` of the file is to hold `bytes` that are no hole. What
+    /// only takes the place of bytes that are there is never refused.
+    fn check_limit(&mut self, ino: Ino, range: Range<u64>, bytes: u64) -> Result<()> {
+        let Some(limit) = self.fs.settings.size_limit else { return Ok(()) };
+        if self.st.used().saturating_add(bytes) <= limit {
+            return Ok(());
         }
+        let more = bytes.saturating_sub(self.fs.allocated_bytes(&self.st, ino, range)?);
+        if more == 0 || self.st.used().saturating_add(more) <= limit {
+            return Ok(());
+        }
+        // Not committed yet means not counted exactly yet.
+        if self.st.changed_at.is_none() && self.st.sealing.is_none() {
+            return os(libc::ENOSPC);
+        }
+        self.st.over_limit = true;
+        Err(Error::OverLimit)
+    }
+
+    /// Keeps the count of a sparse file's bytes: `range` is about to hold `bytes` that are no hole. A count that
+    /// cannot be kept is dropped; the next `stat` makes a new one.
+    fn count_allocated(&mut self, ino: Ino, range: Range<u64>, bytes: u64) {
+        let Some(count) = self.st.allocated.get(&ino).copied() else { return };
+        let before = match range.end - range.start {
+            0..=COUNT_MAX => self.fs.allocated_bytes(&self.st, ino, range).ok(),
+            _ => None,
+        };
+        match before.and_then(|before| count.checked_sub(before)) {
+            Some(rest) => self.st.allocated.insert(ino, rest + bytes),
+            None => self.st.allocated.remove(&ino),
+        };
     }
 
     /// Makes `range` of a file a hole.
     pub fn punch(&mut self, ino: Ino, range: Range<u64>) {
         let below = self.st.has_past(ino);
-        let state = &mut *self.st;
-        let file = state.dirty.entry(ino).or_default();
-        let before = file.bytes();
-        file.punch(range, below);
-        state.dirty_bytes = state.dirty_bytes + file.bytes() - before;
+        self.st.edit_dirty(ino, |file, _| file.punch(range, below));
     }
 
     /// Puts a piece of another file at `offset`, cut at record boundaries.
@@ -273,10 +293,7 @@ impl Tx<'_> {
         if matches!(piece.source, Source::Hole) {
             return self.punch(ino, offset..offset + piece.len);
         }
-        let state = &mut *self.st;
-        let file = state.dirty.entry(ino).or_default();
-        let before = file.bytes();
-        match &piece.source {
+        self.st.edit_dirty(ino, |file, _| match &piece.source {
             Source::Memory(data, from) => file.write(offset, &data[*from..from + len], record, |_| {}),
             Source::Frame(ptr, from) => {
                 let mut done = 0;
@@ -289,7 +306,9 @@ impl Tx<'_> {
                 }
             }
             Source::Hole => {}
+        });
+        if matches!(piece.source, Source::Frame(..)) {
+            self.st.growth += piece.len;
         }
-        state.dirty_bytes = state.dirty_bytes + file.bytes() - before;
     }
 }

@@ -16,6 +16,9 @@ pub enum Error {
     /// A limit is reached and room will come: wait for [`super::Fs::when_space`], then try again.
     #[error("too much unwritten data; waiting for the disk")]
     Busy,
+    /// The volume's size limit is reached, but the next commit may make room: wait for it, then try once more.
+    #[error("the volume has reached its size limit")]
+    OverLimit,
     /// The log below failed, or wants frames fetched first.
     #[error(transparent)]
     Log(#[from] log::Error),
@@ -27,6 +30,7 @@ impl Error {
         match self {
             Error::Os(errno) => *errno,
             Error::Busy => libc::EAGAIN,
+            Error::OverLimit => libc::ENOSPC,
             Error::Log(e) if e.is_no_space() => libc::ENOSPC,
             Error::Log(log::Error::Fenced { .. }) => libc::EROFS,
             Error::Log(_) => libc::EIO,

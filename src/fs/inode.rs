@@ -1,6 +1,7 @@
 //! Attributes and extended attributes of inodes.
 //! Invariant: whoever changes data, owner or mode keeps the set-id bits and file capabilities as ext4 would.
 
+use super::acl::AclKind;
 use super::error::{Result, os};
 use super::state::Tx;
 use super::{Caller, Fs, MAX_FILE_SIZE, NAME_MAX};
@@ -10,6 +11,10 @@ use crate::types::{Ino, Timestamp};
 
 /// Longest value of an extended attribute, in bytes (the kernel's own limit).
 const XATTR_VALUE_MAX: usize = 65536;
+/// Access times are renewed after this at the latest, in seconds (mount(8), `relatime`).
+const ACCESS_RENEWAL: i64 = 86_400;
+/// Attributes that the system acts upon; of these only access control lists exist here.
+const SYSTEM: &[u8] = b"system.";
 const CAPABILITY: &[u8] = b"security.capability";
 
 /// An inode as `stat` shows it.
@@ -66,7 +71,7 @@ impl Fs {
             FileType::Regular if inode.flags & SPARSE != 0 => match state.allocated.get(&ino) {
                 Some(bytes) => *bytes,
                 None => {
-                    let bytes = self.allocated_bytes(state, ino, inode.size)?;
+                    let bytes = self.allocated_bytes(state, ino, 0..inode.size)?;
                     if state.allocated.len() >= 4096 {
                         state.allocated.clear();
                     }
@@ -83,9 +88,12 @@ impl Fs {
 
     /// Changes attributes, all or none.
     pub fn setattr(&self, ino: Ino, set: &SetAttr) -> Result<Attr> {
-        let mut tx = if set.size.is_some() { self.begin_growing()? } else { self.begin()? };
+        let mut tx = self.begin()?;
         let now = tx.now;
         if let Some(size) = set.size {
+            if size > tx.inode(ino)?.size {
+                tx.want_room()?;
+            }
             tx.truncate(ino, size, set.privileged)?;
         }
         let owner_changes = set.uid.is_some() || set.gid.is_some();
@@ -108,7 +116,10 @@ impl Fs {
             inode.mtime = mtime.unwrap_or(now);
         }
         inode.ctime = now;
-        let inode = inode.clone();
+        if let Some(mode) = set.mode {
+            tx.chmod_acl(ino, mode)?;
+        }
+        let inode = tx.inode(ino)?.clone();
         tx.apply();
         // Nothing may fail any more: where the space cannot be counted from here, the size stands in for it until
         // the next `stat`.
@@ -117,10 +128,36 @@ impl Fs {
         Ok(counted.unwrap_or_else(|_| Attr { ino, blocks: inode.size.div_ceil(4096) * 8, inode }))
     }
 
+    /// Whether reading the inode now has to change its access time (never, unless the mount counts them).
+    pub fn access_is_due(&self, ino: Ino) -> Result<bool> {
+        if !self.settings.relatime || self.settings.read_only {
+            return Ok(false);
+        }
+        let inode = self.state.lock().inode(&*self.frames, ino)?;
+        Ok(access_is_due(&inode, self.env.clock.now()))
+    }
+
+    /// The inode was read. If its access time cannot be changed now, the next read does it.
+    pub fn accessed(&self, ino: Ino) {
+        if !self.settings.relatime {
+            return;
+        }
+        let Ok(mut tx) = self.begin_growing() else { return };
+        let now = tx.now;
+        let Ok(inode) = tx.inode(ino) else { return };
+        if access_is_due(inode, now) {
+            inode.atime = now;
+            tx.apply();
+        }
+    }
+
     /// The value of an extended attribute; `ENODATA` when it has none of that name.
     pub fn getxattr(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>> {
         let state = self.state.lock();
         let inode = state.inode(&*self.frames, ino)?;
+        if name.starts_with(SYSTEM) && AclKind::of(name).is_none() {
+            return os(libc::EOPNOTSUPP);
+        }
         if inode.flags & HAS_XATTR == 0 {
             return os(libc::ENODATA);
         }
@@ -221,12 +258,18 @@ impl Fs {
     }
 }
 
+fn access_is_due(inode: &Inode, now: Timestamp) -> bool {
+    inode.atime <= inode.mtime
+        || inode.atime <= inode.ctime
+        || now.secs.saturating_sub(inode.atime.secs) >= ACCESS_RENEWAL
+}
+
 fn check_xattr_name(name: &[u8]) -> Result<()> {
     if name.is_empty() || name.len() > NAME_MAX {
         return os(libc::ERANGE);
     }
-    // Without a kernel that hands ACLs through, storing them would promise what nobody enforces.
-    if name.starts_with(b"system.") {
+    // Access control lists have their own way in; what else is there, nobody would act upon.
+    if name.starts_with(SYSTEM) {
         return os(libc::EOPNOTSUPP);
     }
     Ok(())

@@ -6,12 +6,14 @@
 //! |---|---|
 //! | `state` | what is in memory, and the transaction over it |
 //! | `inode` | attributes and extended attributes |
+//! | `acl` | access control lists |
 //! | `namespace` | names: lookup, create, link, unlink, rename, readdir |
 //! | `data` | read, write, truncate, holes, shared copies |
 //! | `dirty` | written bytes not in the log yet |
 //! | `commit`, `edit` | the committer: from memory to the log, and what it changes in extents |
 //! | `checkpoint` | from the log's deltas to the tree |
 
+mod acl;
 mod checkpoint;
 mod commit;
 mod data;
@@ -24,6 +26,7 @@ mod lookups;
 mod namespace;
 mod state;
 
+pub use acl::AclKind;
 pub use checkpoint::{CheckpointOutcome, Checkpointer};
 pub use commit::{Committer, Shipping};
 pub use data::Seek;
@@ -67,6 +70,10 @@ pub struct Settings {
     pub size_limit: Option<u64>,
     /// Refuse every change.
     pub read_only: bool,
+    /// Reading changes the access time if it is older than the last change, or a day old.
+    pub relatime: bool,
+    /// Owner of the root directory of a volume that has none yet.
+    pub root_owner: Caller,
 }
 
 impl Default for Settings {
@@ -81,6 +88,8 @@ impl Default for Settings {
             commit_interval: Duration::from_secs(1),
             size_limit: None,
             read_only: false,
+            relatime: false,
+            root_owner: Caller { uid: 0, gid: 0 },
         }
     }
 }
@@ -152,7 +161,7 @@ impl Fs {
     /// Bytes and inodes in use.
     pub fn usage(&self) -> Usage {
         let state = self.state.lock();
-        Usage { used: state.live_bytes + state.dirty_bytes + state.sealing_bytes, inodes: state.inodes }
+        Usage { used: state.used(), inodes: state.inodes }
     }
 
     /// Bytes written but not yet in the log.

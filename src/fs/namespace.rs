@@ -271,7 +271,11 @@ impl Tx<'_> {
         if node.kind == FileType::Directory {
             parent.nlink += 1;
         }
-        let mut inode = new_inode(node.body(dir), node.mode & !node.umask, Caller { gid, ..caller }, now);
+        let inode = new_inode(node.body(dir), node.mode, Caller { gid, ..caller }, now);
+        self.set_inode(ino, inode);
+        let mode = self.inherit_acl(dir, ino, node)?;
+        let inode = self.inode(ino)?;
+        inode.mode = mode & 0o7777;
         match &inode.body {
             Body::Directory { .. } => {
                 inode.nlink = 2;
@@ -283,7 +287,6 @@ impl Tx<'_> {
             _ => {}
         }
         self.st.inodes += 1;
-        self.set_inode(ino, inode);
         Ok(ino)
     }
 

@@ -6,7 +6,7 @@ use super::dirty::DirtyFile;
 use super::error::{Error, Result, os};
 use super::inode::new_inode;
 use super::lookups::Lookups;
-use super::{Caller, Fs, Settings};
+use super::{Fs, Settings};
 use crate::clock::Env;
 use crate::log::Frames;
 use crate::tree::btree::Tree;
@@ -89,14 +89,20 @@ pub(super) struct State {
     pub inodes: u64,
     pub dirty: DirtyFiles,
     pub dirty_bytes: u64,
+    /// File bytes that the running generation adds at most: what it overwrites or frees is known when it is committed.
+    pub growth: u64,
     /// Runs of the generation that is being committed.
     pub sealing: Option<Arc<DirtyFiles>>,
     pub sealing_bytes: u64,
+    /// As `growth`, of the generation that is being committed.
+    pub sealing_growth: u64,
+    /// A change was refused for the volume's size, unless the next commit makes room.
+    pub over_limit: bool,
     /// Runs that have become whole records and can be sealed early.
     pub full: VecDeque<(Ino, u64)>,
     pub lookups: Lookups,
     pub orphans: HashSet<Ino>,
-    /// Allocated bytes of sparse files, as last computed.
+    /// Bytes of sparse files that are not holes: counted when first asked for, then kept up to date by writes.
     pub allocated: HashMap<Ino, u64>,
     pub waiting_for_space: Vec<Box<dyn FnOnce() + Send>>,
     pub no_space: bool,
@@ -125,8 +131,11 @@ impl State {
             inodes: recovery.inodes,
             dirty: HashMap::new(),
             dirty_bytes: 0,
+            growth: 0,
             sealing: None,
             sealing_bytes: 0,
+            sealing_growth: 0,
+            over_limit: false,
             full: VecDeque::new(),
             lookups: Lookups::default(),
             orphans: recovery.orphans.into_iter().collect(),
@@ -152,7 +161,7 @@ impl State {
     fn make_root(&mut self, settings: &Settings, env: &Env) {
         let now = env.clock.now();
         let body = Body::Directory { parent: Ino::ROOT, next_entry: FIRST_ENTRY, entries: 0 };
-        let mut root = new_inode(body, 0o755, Caller { uid: 0, gid: 0 }, now);
+        let mut root = new_inode(body, 0o755, settings.root_owner, now);
         root.nlink = 2;
         self.inodes = 1;
         self.put(key::inode(Ino::ROOT), Some(root.encode()));
@@ -182,6 +191,23 @@ impl State {
         self.dirty_bytes + self.sealing_bytes < settings.dirty_max
             && self.active_weight < settings.memtable_max
             && self.memtable_weight() < MEMTABLES_MAX * settings.memtable_max
+            && !self.over_limit
+    }
+
+    /// File bytes in use, at most.
+    pub fn used(&self) -> u64 {
+        self.live_bytes + self.growth + self.sealing_growth
+    }
+
+    /// Changes the written bytes of a file; the closure also gets the queue of runs that have become whole records.
+    pub fn edit_dirty(&mut self, ino: Ino, change: impl FnOnce(&mut DirtyFile, &mut VecDeque<(Ino, u64)>)) {
+        let file = self.dirty.entry(ino).or_default();
+        let before = file.bytes();
+        change(file, &mut self.full);
+        let after = file.bytes();
+        self.dirty_bytes = self.dirty_bytes + after - before;
+        // Bytes sealed early are not in memory any more, but still to be counted.
+        self.growth = (self.growth + after).saturating_sub(before);
     }
 
     pub fn memtable_weight(&self) -> usize {
@@ -249,17 +275,20 @@ impl Fs {
     /// Begins a change that needs room: more bytes or more names.
     pub(super) fn begin_growing(&self) -> Result<Tx<'_>> {
         let tx = self.begin()?;
-        if tx.st.no_space {
-            return os(libc::ENOSPC);
-        }
-        if !tx.st.has_room(&self.settings) {
-            return Err(Error::Busy);
-        }
+        tx.want_room()?;
         Ok(tx)
     }
 }
 
 impl Tx<'_> {
+    /// There is room for more, on the disk and in memory.
+    pub fn want_room(&self) -> Result<()> {
+        if self.st.no_space {
+            return os(libc::ENOSPC);
+        }
+        if self.st.has_room(&self.fs.settings) { Ok(()) } else { Err(Error::Busy) }
+    }
+
     pub fn frames(&self) -> &dyn Frames {
         &*self.fs.frames
     }

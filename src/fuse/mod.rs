@@ -1,9 +1,8 @@
-//! The kernel's side: requests and replies, mount(2), the mount table. No file-system logic; the only user of
-//! `fuser`.
+//! The kernel's side: requests and replies, mount(2), the mount table. No file-system logic. `adapter` is
+//! all that knows `fuser`: another transport, or a later version, is a change there.
 //! Invariant: nothing here waits on the dispatch thread, and nothing below here knows that there is a kernel.
 
 pub mod adapter;
-mod convert;
 pub mod mount;
 mod pace;
 pub mod serve;

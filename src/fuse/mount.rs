@@ -34,8 +34,8 @@ pub struct MountSettings {
     pub dev: bool,
     /// Programs can be run from it.
     pub exec: bool,
-    /// The mount table does not say `noatime`. Nothing else: the kernel keeps no access times for FUSE file systems.
-    pub atime: bool,
+    /// What the mount table says of access times; the kernel keeps none for FUSE file systems, the daemon does.
+    pub relatime: bool,
     /// How far the kernel reads ahead, in KiB; 0 leaves its default.
     pub read_ahead_kib: u32,
 }
@@ -51,7 +51,7 @@ impl MountSettings {
             suid: false,
             dev: false,
             exec: true,
-            atime: false,
+            relatime: false,
             read_ahead_kib: 1024,
         }
     }
@@ -62,7 +62,7 @@ impl MountSettings {
             | flag(!self.suid, libc::MS_NOSUID)
             | flag(!self.dev, libc::MS_NODEV)
             | flag(!self.exec, libc::MS_NOEXEC)
-            | flag(!self.atime, libc::MS_NOATIME)
+            | flag(!self.relatime, libc::MS_NOATIME)
     }
 
     /// The option text for mount(2).
@@ -83,7 +83,7 @@ impl MountSettings {
             (!self.suid, "nosuid"),
             (!self.dev, "nodev"),
             (!self.exec, "noexec"),
-            (!self.atime, "noatime"),
+            (!self.relatime, "noatime"),
         ];
         for (_, name) in switches.iter().filter(|(on, _)| *on) {
             // Writing to a String cannot fail.
@@ -155,6 +155,19 @@ fn mount_directly(settings: &MountSettings) -> io::Result<OwnedFd> {
         return Err(io::Error::last_os_error());
     }
     Ok(OwnedFd::from(device))
+}
+
+/// Changes the flags of a mount to those of `settings`; the daemon goes on and is not asked.
+pub fn remount(settings: &MountSettings) -> io::Result<()> {
+    let target = CString::new(settings.mountpoint.as_os_str().as_bytes())?;
+    let flags = settings.flags() | libc::MS_REMOUNT;
+    // SAFETY: `target` is a NUL-terminated string that outlives the call; with MS_REMOUNT the kernel looks at neither
+    // source nor type, and FUSE takes no data.
+    match unsafe { libc::mount(std::ptr::null(), target.as_ptr(), std::ptr::null(), flags, std::ptr::null()) }
+    {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Lets the set-user-id helper mount; it hands the connection back over its standard input, which is a socket.

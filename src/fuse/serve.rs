@@ -87,7 +87,7 @@ impl Requests {
         len: usize,
         reply: impl FnOnce(Served<Bytes>) + Send + 'static,
     ) {
-        let mut op = move |fs: &Fs| fs.read(ino, offset, len);
+        let mut op = move |fs: &Fs| fs.read(ino, offset, len).inspect(|_| fs.accessed(ino));
         if len >= POOL_READ {
             // A streaming reader has several of these under way: they are opened side by side.
             let this = self.clone();
@@ -167,6 +167,11 @@ impl Requests {
         self.backend.when_durable(commit, Box::new(done));
     }
 
+    /// Whether reading changes access times.
+    pub(super) fn counts_access(&self) -> bool {
+        self.fs.settings.relatime
+    }
+
     pub(super) fn statfs(&self) -> StatFs {
         const BLOCK: u64 = 4096;
         let usage = self.fs.usage();
@@ -206,12 +211,16 @@ impl Requests {
         mut op: impl FnMut(&Fs) -> fs::Result<T>,
         mut error: fs::Error,
     ) -> Served<T> {
+        let mut waited_for_commit = false;
         for _ in 0..FETCH_ROUNDS {
             if let Some(ptrs) = error.missing() {
                 if let Err(e) = self.backend.fetch(ptrs.to_vec()).await {
                     return Err(self.report(what, &fs::Error::Log(e)));
                 }
             } else if matches!(error, fs::Error::Busy) {
+                self.wait_for_space(what).await?;
+            } else if matches!(error, fs::Error::OverLimit) && !waited_for_commit {
+                waited_for_commit = true;
                 self.wait_for_space(what).await?;
             } else {
                 return Err(self.report(what, &error));
@@ -229,7 +238,7 @@ impl Requests {
 
     /// The errno, and a line in log and status when the answer is not one that POSIX foresees.
     fn report(&self, what: &str, e: &fs::Error) -> i32 {
-        if !matches!(e, fs::Error::Os(_)) {
+        if !matches!(e, fs::Error::Os(_) | fs::Error::OverLimit) {
             ::log::error!("{what}: {e}");
             self.backend.failed(&format!("{what}: {e}"));
         }
@@ -255,5 +264,5 @@ impl Requests {
 }
 
 fn wants_retry(e: &fs::Error) -> bool {
-    e.missing().is_some() || matches!(e, fs::Error::Busy)
+    e.missing().is_some() || matches!(e, fs::Error::Busy | fs::Error::OverLimit)
 }

@@ -7,7 +7,7 @@ use super::opening::{self, Opened, Version};
 use super::uploader::{Upload, Uploader};
 use crate::clock::Env;
 use crate::crypto::keyfile::{KeyFile, Role as KeyRole};
-use crate::fs::{CheckpointOutcome, Checkpointer, Committer, Fs, Settings, Shipping};
+use crate::fs::{Caller, CheckpointOutcome, Checkpointer, Committer, Fs, Settings, Shipping};
 use crate::log::reader::{FrameReader, ReaderLimits};
 use crate::log::recovery::Role;
 use crate::log::segment::VolumeContext;
@@ -67,6 +67,10 @@ pub struct OpenOptions {
     pub uploads: usize,
     /// Size the volume may reach, in bytes.
     pub size_limit: Option<u64>,
+    /// Reading changes access times, see [`Settings::relatime`].
+    pub relatime: bool,
+    /// Owner of the root directory, when this is the first to open the volume.
+    pub root_owner: Caller,
 }
 
 /// An open volume.
@@ -125,6 +129,8 @@ impl Volume {
             dirty_max: options.dirty_max,
             size_limit: options.size_limit,
             read_only: options.read_only,
+            relatime: options.relatime,
+            root_owner: options.root_owner,
             ..Settings::default()
         };
         let shown = opened.time.map(|time| (opened.recovery.last_commit, time));

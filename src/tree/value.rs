@@ -19,7 +19,12 @@ pub const HAS_CAPABILITY_XATTR: u32 = 1 << 1;
 /// Inode flag: there are extended attributes; without it a lookup of one need not search.
 pub const HAS_XATTR: u32 = 1 << 2;
 
-const KNOWN_FLAGS: u32 = SPARSE | HAS_CAPABILITY_XATTR | HAS_XATTR;
+/// Inode flag: it has an access control list.
+pub const HAS_ACCESS_ACL: u32 = 1 << 3;
+/// Inode flag: the directory has a list to hand down.
+pub const HAS_DEFAULT_ACL: u32 = 1 << 4;
+
+const KNOWN_FLAGS: u32 = SPARSE | HAS_CAPABILITY_XATTR | HAS_XATTR | HAS_ACCESS_ACL | HAS_DEFAULT_ACL;
 
 /// What an inode is. The numbers are those of the format.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]

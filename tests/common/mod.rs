@@ -65,6 +65,8 @@ impl World {
             dirty_max: 16 << 20,
             uploads: 4,
             size_limit: None,
+            relatime: false,
+            root_owner: ROOT_USER,
         }
     }
 
@@ -92,9 +94,13 @@ impl World {
 
     /// Runs an operation as the FUSE side does: fetch what is missing, wait for room, try again.
     pub fn run<T>(&self, volume: &Volume, mut op: impl FnMut(&Fs) -> fs::Result<T>) -> fs::Result<T> {
+        let mut over_limit = false;
         loop {
             match op(&volume.fs) {
-                Err(fs::Error::Busy) => {
+                Err(e @ (fs::Error::Busy | fs::Error::OverLimit))
+                    if !(over_limit && matches!(e, fs::Error::OverLimit)) =>
+                {
+                    over_limit |= matches!(e, fs::Error::OverLimit);
                     let (sender, receiver) = channel();
                     volume.fs.when_space(Box::new(move || sender.send(()).unwrap()));
                     receiver.recv_timeout(Duration::from_secs(30)).unwrap();

@@ -221,6 +221,25 @@ class Volume:
         return sorted(str(p.relative_to(self.store_dir)) for p in self.store_dir.rglob("*") if p.is_file())
 
 
+@contextlib.contextmanager
+def mount_helper(name):
+    """The program as `/sbin/NAME`, where mount(8) finds it; the link is taken away again whatever happens."""
+    helper = Path("/sbin") / name
+    if helper.exists() or helper.is_symlink():
+        helper.unlink()
+    helper.symlink_to(Path(program()).resolve())
+    try:
+        yield
+    finally:
+        helper.unlink()
+
+
+def tool(name, version, *flags):
+    """A program from its registry, built once for a checkout."""
+    build = f'. "{REPO}/scripts/lib.sh"; need_cargo; tool {name} {version} {name} {" ".join(flags)}'
+    return run("bash", "-c", build, limit=900).stdout.strip()
+
+
 def free_port():
     """A loopback port that was free a moment ago."""
     with socket.socket() as s:

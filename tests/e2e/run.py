@@ -37,6 +37,8 @@ CASES = {
     "tamper": (600, ["store", "local"]),
     "protection": (300, ["available", "strict", "local", "read_only_store"]),
     "real_input": (900, ["file", "s3"]),
+    "pjdfstest": (300, [None]),
+    "acl": (120, [None]),
     "posix": (240, ["directories", "attributes", "files", "mounting"]),
     "suites": (300, ["fsx", "stress_ng", "dbench", "fio"]),
 }

@@ -8,7 +8,20 @@ import threading
 from pathlib import Path
 
 import trees
-from harness import FS_TYPE, REPO, Volume, alive, check, check_same, mounted, mounts, program, run, wait_until
+from harness import (
+    FS_TYPE,
+    REPO,
+    Volume,
+    alive,
+    check,
+    check_same,
+    mount_helper,
+    mounted,
+    mounts,
+    program,
+    run,
+    wait_until,
+)
 
 STATUS_FIELDS = {
     "pid": int,
@@ -132,20 +145,17 @@ def config_file(volume, state):
     refused(run(program(), "mount", "--config", config, ok=None), "an unknown key is refused", "unknown-key")
 
 
-def mount_helper(volume, state):
-    """mount(8) finds /sbin/mount.embassyfs; the link is taken away again whatever happens."""
-    helper = Path("/sbin/mount.embassyfs")
-    if helper.exists() or helper.is_symlink():
-        helper.unlink()
-    helper.symlink_to(Path(program()).resolve())
-    try:
-        point = volume.directory / "by-mount"
-        point.mkdir()
-        options = f"key={volume.key('writer')},state={state},protection=local"
+def by_mount8(volume, state):
+    """mount(8) with /sbin/mount.embassyfs, and remounting with /sbin/mount.fuse.embassyfs."""
+    point = volume.directory / "by-mount"
+    point.mkdir()
+    options = f"key={volume.key('writer')},state={state},protection=local"
+    with mount_helper("mount.embassyfs"), mount_helper("mount.fuse.embassyfs"):
         run("mount", "-t", "embassyfs", volume.url, point, "-o", options)
         check(mounted(point) == FS_TYPE, "mount -t embassyfs works")
         check((point / "hello").read_text() == "hello", "and it is the same volume")
         pid = json.loads(run(program(), "status", point, "--json").stdout)["pid"]
+        remounting(point)
         run("umount", point)
         wait_until(lambda: not alive(pid), 30, "the daemon ends after umount(8)")
         table = volume.directory / "fstab"
@@ -153,8 +163,26 @@ def mount_helper(volume, state):
         run("mount", "-T", table, point)
         check(mounted(point) == FS_TYPE, "a line in fstab works")
         run(program(), "umount", point)
-    finally:
-        helper.unlink()
+    reader = volume.embassy()
+    with mount_helper("mount.fuse.embassyfs"):
+        done = run("mount", "-o", "remount,rw", reader.point, ok=False)
+    check("mounted to read only" in done.stderr, "a mount that only reads cannot become another by a remount")
+    reader.umount()
+
+
+def remounting(point):
+    options = lambda: next(o.split(",") for at, _, _, o in mounts() if at == os.fspath(point))  # noqa: E731
+    run("mount", "-o", "remount,ro,noexec", point)
+    check({"ro", "noexec", "nosuid", "nodev", "noatime"} <= set(options()), "mount -o remount changes what it names")
+    try:
+        (point / "hello").write_text("changed")
+        written = True
+    except OSError as e:
+        written = e.errno != errno.EROFS
+    check(not written, "nothing is written to what was remounted ro")
+    run("mount", "-o", "remount,rw,exec", point)
+    check("rw" in options() and "noexec" not in options(), "and changes it back")
+    (point / "hello").write_text("hello")
 
 
 def scripts(volume, state):
@@ -210,7 +238,7 @@ def main(directory):
     home.sync()
     while_mounted(volume, home)
     home.umount()
-    for part in (config_file, mount_helper, scripts, foreground, dead_daemon):
+    for part in (config_file, by_mount8, scripts, foreground, dead_daemon):
         part(volume, state)
     home = volume.mount("home", state)
     want = trees.manifest(home.point)

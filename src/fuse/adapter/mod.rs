@@ -2,13 +2,16 @@
 //! Invariant: no request waits on the dispatch thread. What needs the network, the disk's sync or room is handed
 //! to the pool together with its reply; a handler that panics answers EIO and is logged.
 
-use super::convert::{file_attr, kind_of, timestamp};
+mod convert;
+mod reply;
+
 use super::pace::{self, Pace};
 use super::serve::{Requests, Served};
 use crate::clock::Clock;
-use crate::fs::{self, Attr, Caller, Fs, NewNode, Seek, SetAttr, XattrMode};
+use crate::fs::{self, AclKind, Attr, Caller, Fs, NewNode, Seek, SetAttr, XattrMode};
 use crate::tree::value::FileType;
 use crate::types::Ino;
+use convert::{file_attr, kind_of, timestamp};
 use fuser::{
     BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
     InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
@@ -24,12 +27,12 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 /// Every change goes through the kernel that caches it, so names and attributes never grow old.
-const TTL: Duration = Duration::from_secs(365 * 86_400);
+pub(super) const TTL: Duration = Duration::from_secs(365 * 86_400);
 /// Entries taken from the file system at once for a readdir reply.
 const DIR_BATCH: usize = 256;
 /// Largest request, in bytes (the kernel's page limit allows no more).
 const REQUEST_MAX: u32 = 1 << 20;
-const GENERATION: Generation = Generation(0);
+pub(super) const GENERATION: Generation = Generation(0);
 
 /// Dispatch threads: more than one only costs latency while requests are answered from memory.
 const DISPATCH_THREADS: usize = 1;
@@ -113,6 +116,20 @@ impl Adapter {
         let (caller, name) = (caller(req), name.as_bytes().to_vec());
         self.serve_entry("make", move |fs| fs.make(ino(parent), &name, &node.borrow(), caller), reply);
     }
+
+    /// Handles carry no state: the kernel need not ask before it opens. Unless access times are counted: then what is
+    /// cached is dropped when the next read has to be seen.
+    fn open_as(&self, n: INodeNo, cached: FopenFlags, reply: ReplyOpen) {
+        if !self.requests.counts_access() {
+            return reply.error(Errno::from_i32(libc::ENOSYS));
+        }
+        let due = move |fs: &Fs| fs.access_is_due(ino(n));
+        self.serve("open", due, move |_, due| match due {
+            Ok(true) => reply.opened(FileHandle(0), cached & !FopenFlags::FOPEN_KEEP_CACHE),
+            Ok(false) => reply.opened(FileHandle(0), cached),
+            Err(e) => reply.error(Errno::from_i32(e)),
+        });
+    }
 }
 
 /// A [`NewNode`] that can wait for its turn.
@@ -142,6 +159,18 @@ fn caller(req: &Request) -> Caller {
     Caller { uid: req.uid(), gid: req.gid() }
 }
 
+/// Whether who makes a request may act for a group: it is one of its groups, or it may do anything.
+fn in_group(req: &Request) -> impl Fn(u32) -> bool + Send + 'static {
+    let (all, own) = (req.uid() == 0, req.gid());
+    // The request names one group only; the others are the process's, which waits for the answer.
+    let status = if all { None } else { std::fs::read_to_string(format!("/proc/{}/status", req.pid())).ok() };
+    let listed =
+        status.as_deref().and_then(|text| text.lines().find_map(|line| line.strip_prefix("Groups:")));
+    let more: Vec<u32> =
+        listed.unwrap_or_default().split_whitespace().filter_map(|n| n.parse().ok()).collect();
+    move |group| all || group == own || more.contains(&group)
+}
+
 fn time_or_now(time: TimeOrNow) -> Option<crate::types::Timestamp> {
     match time {
         TimeOrNow::SpecificTime(t) => Some(timestamp(t)),
@@ -155,16 +184,22 @@ impl Filesystem for Adapter {
             InitFlags::FUSE_ASYNC_READ,
             InitFlags::FUSE_PARALLEL_DIROPS,
             InitFlags::FUSE_ASYNC_DIO,
-            InitFlags::FUSE_CACHE_SYMLINKS,
             InitFlags::FUSE_DO_READDIRPLUS,
             InitFlags::FUSE_READDIRPLUS_AUTO,
             InitFlags::FUSE_EXPLICIT_INVAL_DATA,
             InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
             InitFlags::FUSE_HANDLE_KILLPRIV_V2,
+            // The first has the kernel ask for access lists and heed them, the second leaves the umask to whoever
+            // knows whether there is one to inherit.
+            InitFlags::FUSE_POSIX_ACL,
+            InitFlags::FUSE_DONT_MASK,
         ];
         for flag in wanted {
             // An older kernel that lacks one only loses speed.
             let _ = config.add_capabilities(flag);
+        }
+        if !self.requests.counts_access() {
+            let _ = config.add_capabilities(InitFlags::FUSE_CACHE_SYMLINKS);
         }
         let _ = config.set_max_write(REQUEST_MAX);
         let _ = config.set_max_background(128);
@@ -183,7 +218,7 @@ impl Filesystem for Adapter {
                     reply.entry(&TTL, &file_attr(&attr), GENERATION);
                 }
                 // Inode 0 lets the kernel remember that there is no such name.
-                Err(libc::ENOENT) => reply.entry(&TTL, &super::convert::negative(), GENERATION),
+                Err(libc::ENOENT) => reply.entry(&TTL, &convert::negative(), GENERATION),
                 Err(e) => reply.error(Errno::from_i32(e)),
             },
         );
@@ -230,7 +265,7 @@ impl Filesystem for Adapter {
     fn readlink(&self, _req: &Request, n: INodeNo, reply: ReplyData) {
         self.serve(
             "readlink",
-            move |fs| fs.readlink(ino(n)),
+            move |fs| fs.readlink(ino(n)).inspect(|_| fs.accessed(ino(n))),
             move |_, result| match result {
                 Ok(target) => reply.data(&target),
                 Err(e) => reply.error(Errno::from_i32(e)),
@@ -299,13 +334,12 @@ impl Filesystem for Adapter {
         self.serve_entry("link", move |fs| fs.link(ino(n), ino(newparent), &newname), reply);
     }
 
-    // Handles carry no state: the kernel need not ask before it opens.
-    fn open(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        reply.error(Errno::from_i32(libc::ENOSYS));
+    fn open(&self, _req: &Request, n: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        self.open_as(n, FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH, reply);
     }
 
-    fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        reply.error(Errno::from_i32(libc::ENOSYS));
+    fn opendir(&self, _req: &Request, n: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        self.open_as(n, FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR, reply);
     }
 
     // Errors are reported by the write itself; there is nothing left to say at close.
@@ -393,27 +427,8 @@ impl Filesystem for Adapter {
     fn readdir(&self, _req: &Request, n: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectory) {
         self.serve(
             "readdir",
-            move |fs| fs.readdir(ino(n), offset, DIR_BATCH),
-            move |_, result| {
-                let mut reply = reply;
-                match result {
-                    Ok(items) => {
-                        for item in items {
-                            let kind = super::convert::fuse_kind(item.kind);
-                            if reply.add(
-                                INodeNo(item.ino.0),
-                                item.cookie,
-                                kind,
-                                OsStr::from_bytes(&item.name),
-                            ) {
-                                break;
-                            }
-                        }
-                        reply.ok();
-                    }
-                    Err(e) => reply.error(Errno::from_i32(e)),
-                }
-            },
+            move |fs| fs.readdir(ino(n), offset, DIR_BATCH).inspect(|_| fs.accessed(ino(n))),
+            move |_, result| reply::entries(reply, result),
         );
     }
 
@@ -427,33 +442,8 @@ impl Filesystem for Adapter {
     ) {
         self.serve(
             "readdirplus",
-            move |fs| fs.readdir_plus(ino(n), offset, DIR_BATCH),
-            move |fs, result| {
-                let mut reply = reply;
-                match result {
-                    Ok(items) => {
-                        for (item, attr) in items {
-                            let name = OsStr::from_bytes(&item.name);
-                            let full = reply.add(
-                                INodeNo(item.ino.0),
-                                item.cookie,
-                                name,
-                                &TTL,
-                                &file_attr(&attr),
-                                GENERATION,
-                            );
-                            if full {
-                                break;
-                            }
-                            if item.name != b"." && item.name != b".." {
-                                fs.looked_up(item.ino);
-                            }
-                        }
-                        reply.ok();
-                    }
-                    Err(e) => reply.error(Errno::from_i32(e)),
-                }
-            },
+            move |fs| fs.readdir_plus(ino(n), offset, DIR_BATCH).inspect(|_| fs.accessed(ino(n))),
+            move |fs, result| reply::entries_plus(fs, reply, result),
         );
     }
 
@@ -473,7 +463,7 @@ impl Filesystem for Adapter {
 
     fn setxattr(
         &self,
-        _req: &Request,
+        req: &Request,
         n: INodeNo,
         name: &OsStr,
         value: &[u8],
@@ -482,6 +472,11 @@ impl Filesystem for Adapter {
         reply: ReplyEmpty,
     ) {
         let (name, value) = (name.as_bytes().to_vec(), value.to_vec());
+        if let Some(kind) = AclKind::of(&name) {
+            let in_group = in_group(req);
+            let set = move |fs: &Fs| fs.set_acl(ino(n), kind, Some(&value), &in_group);
+            return self.serve_empty("setxattr", set, reply);
+        }
         let mode = match flags {
             libc::XATTR_CREATE => XattrMode::Create,
             libc::XATTR_REPLACE => XattrMode::Replace,
@@ -492,15 +487,24 @@ impl Filesystem for Adapter {
 
     fn getxattr(&self, _req: &Request, n: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         let name = name.as_bytes().to_vec();
-        self.serve("getxattr", move |fs| fs.getxattr(ino(n), &name), move |_, r| reply_xattr(reply, size, r));
+        self.serve(
+            "getxattr",
+            move |fs| fs.getxattr(ino(n), &name),
+            move |_, r| reply::xattr(reply, size, r),
+        );
     }
 
     fn listxattr(&self, _req: &Request, n: INodeNo, size: u32, reply: ReplyXattr) {
-        self.serve("listxattr", move |fs| fs.listxattr(ino(n)), move |_, r| reply_xattr(reply, size, r));
+        self.serve("listxattr", move |fs| fs.listxattr(ino(n)), move |_, r| reply::xattr(reply, size, r));
     }
 
-    fn removexattr(&self, _req: &Request, n: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    fn removexattr(&self, req: &Request, n: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let name = name.as_bytes().to_vec();
+        if let Some(kind) = AclKind::of(&name) {
+            let in_group = in_group(req);
+            let remove = move |fs: &Fs| fs.set_acl(ino(n), kind, None, &in_group);
+            return self.serve_empty("removexattr", remove, reply);
+        }
         self.serve_empty("removexattr", move |fs| fs.removexattr(ino(n), &name), reply);
     }
 
@@ -579,15 +583,5 @@ impl Filesystem for Adapter {
                 Err(e) => reply.error(Errno::from_i32(e)),
             },
         );
-    }
-}
-
-/// Replies with the value, its size when the caller only asks for that, or ERANGE when its buffer is too small.
-fn reply_xattr(reply: ReplyXattr, size: u32, result: Served<Vec<u8>>) {
-    match result {
-        Ok(value) if size == 0 => reply.size(value.len() as u32),
-        Ok(value) if value.len() > size as usize => reply.error(Errno::from_i32(libc::ERANGE)),
-        Ok(value) => reply.data(&value),
-        Err(e) => reply.error(Errno::from_i32(e)),
     }
 }

@@ -1,0 +1,55 @@
+//! The replies that are more than a value or an errno: names of a directory, extended attributes.
+//! Invariant: an entry is counted as known to the kernel exactly if the reply has taken it in.
+
+use super::convert::{file_attr, fuse_kind};
+use super::{GENERATION, TTL};
+use crate::fs::{Attr, DirItem, Fs};
+use crate::fuse::serve::Served;
+use fuser::{Errno, INodeNo, ReplyDirectory, ReplyDirectoryPlus, ReplyXattr};
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+
+/// Replies with as many entries as fit.
+pub(super) fn entries(mut reply: ReplyDirectory, result: Served<Vec<DirItem>>) {
+    let items = match result {
+        Ok(items) => items,
+        Err(e) => return reply.error(Errno::from_i32(e)),
+    };
+    for item in items {
+        let name = OsStr::from_bytes(&item.name);
+        if reply.add(INodeNo(item.ino.0), item.cookie, fuse_kind(item.kind), name) {
+            break;
+        }
+    }
+    reply.ok();
+}
+
+/// Replies with as many entries and their attributes as fit.
+pub(super) fn entries_plus(fs: &Fs, mut reply: ReplyDirectoryPlus, result: Served<Vec<(DirItem, Attr)>>) {
+    let items = match result {
+        Ok(items) => items,
+        Err(e) => return reply.error(Errno::from_i32(e)),
+    };
+    for (item, attr) in items {
+        let name = OsStr::from_bytes(&item.name);
+        let ino = INodeNo(item.ino.0);
+        if reply.add(ino, item.cookie, name, &TTL, &file_attr(&attr), GENERATION) {
+            break;
+        }
+        // These two the kernel does not count.
+        if item.name != b"." && item.name != b".." {
+            fs.looked_up(item.ino);
+        }
+    }
+    reply.ok();
+}
+
+/// Replies with the value, its size when the caller only asks for that, or ERANGE when its buffer is too small.
+pub(super) fn xattr(reply: ReplyXattr, size: u32, result: Served<Vec<u8>>) {
+    match result {
+        Ok(value) if size == 0 => reply.size(value.len() as u32),
+        Ok(value) if value.len() > size as usize => reply.error(Errno::from_i32(libc::ERANGE)),
+        Ok(value) => reply.data(&value),
+        Err(e) => reply.error(Errno::from_i32(e)),
+    }
+}
