@@ -73,7 +73,7 @@ def each_option(volume, state):
     os.mknod(home.point / "null", 0o020666, os.makedev(1, 3))
     os.chmod(home.point / "null", 0o666)
     home.umount()
-    for words in (["rw"], ["suid"], ["dev"], ["noexec", "nodev", "nosuid"], ["ro"], ["exec", "suid", "dev", "noatime"]):
+    for words in (["rw"], ["suid"], ["dev"], ["noexec", "nodev", "nosuid"], ["ro"], ["exec", "suid", "dev", "relatime"]):
         home = volume.mount("home", state, options=["allow_other", *words])
         acts(home, words)
         home.umount()

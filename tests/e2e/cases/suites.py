@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 import trees
-from harness import FULL, MIB, REPO, Failed, Volume, check, check_same, empty_dir, run, say, timed
+from harness import FULL, MIB, Failed, Volume, check, check_same, empty_dir, run, say, timed, tool
 
 SEED = int(os.environ.get("E2E_SEED", "1"))
 
@@ -69,10 +69,7 @@ copy_file_range = 5
 
 def fsx_program():
     """The path that scripts/test.sh gives, or the tool, built if need be."""
-    if "FSX" in os.environ:
-        return os.environ["FSX"]
-    build = f'. "{REPO}/scripts/lib.sh"; need_cargo; tool fsx {FSX_VERSION} fsx'
-    return run("bash", "-c", build, limit=600).stdout.strip()
+    return os.environ.get("FSX") or tool("fsx", FSX_VERSION)
 
 
 def fsx_run(program, config, operations, seed, path, artifacts):
