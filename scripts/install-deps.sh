@@ -9,7 +9,10 @@ purpose=${1:-test}
 wanted="fusermount3:fuse3 cc:gcc mountpoint:util-linux"
 case $purpose in
     demo) wanted="$wanted git:git" ;;
-    test) wanted="$wanted git:git python3:python3 postgres:postgresql rsync:rsync setfacl:acl" ;;
+    test)
+        wanted="$wanted git:git python3:python3 rsync:rsync setfacl:acl setcap:libcap2-bin"
+        wanted="$wanted postgres:postgresql stress-ng:stress-ng dbench:dbench fio:fio"
+        ;;
     bench) wanted="$wanted git:git python3:python3 gocryptfs:gocryptfs postgres:postgresql" ;;
     *) fail "usage: install-deps.sh [demo|test|bench]" ;;
 esac

@@ -96,7 +96,7 @@ fn overwrites_holes_and_truncation_equal_a_plain_array_through_commits_and_check
             }
             1 => {
                 let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-                world.run(&home, |fs| fs.fallocate(file, at, len, mode)).unwrap();
+                world.run(&home, |fs| fs.fallocate(file, at, len, mode, false)).unwrap();
                 let end = model.len().min((at + len) as usize);
                 if (at as usize) < end {
                     model[at as usize..end].fill(0);
@@ -106,7 +106,8 @@ fn overwrites_holes_and_truncation_equal_a_plain_array_through_commits_and_check
                 let from = next(model.len() as u64);
                 let copied = len.min(model.len() as u64 - from);
                 let to = from + copied + next(50_000);
-                let done = world.run(&home, |fs| fs.copy_range((file, from), (file, to), copied)).unwrap();
+                let done =
+                    world.run(&home, |fs| fs.copy_range((file, from), (file, to), copied, false)).unwrap();
                 assert_eq!(done, copied);
                 let part = model[from as usize..(from + copied) as usize].to_vec();
                 model.resize(model.len().max((to + copied) as usize), 0);
@@ -213,11 +214,14 @@ fn a_full_volume_takes_overwrites_refuses_growth_and_has_room_again_at_once() {
         write(file, i * MIB, 100 + i).unwrap();
     }
     assert_eq!(write(file, 40 * MIB, 1).unwrap_err().errno(), libc::ENOSPC);
-    assert_eq!(world.run(&home, |fs| fs.fallocate(file, 0, 41 * MIB, 0)).unwrap_err().errno(), libc::ENOSPC);
-    world.run(&home, |fs| fs.fallocate(file, 0, 40 * MIB, 0)).unwrap();
+    assert_eq!(
+        world.run(&home, |fs| fs.fallocate(file, 0, 41 * MIB, 0, false)).unwrap_err().errno(),
+        libc::ENOSPC
+    );
+    world.run(&home, |fs| fs.fallocate(file, 0, 40 * MIB, 0, false)).unwrap();
     // Each way to make room, and the room used at once.
     let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-    world.run(&home, |fs| fs.fallocate(file, 0, 10 * MIB, mode)).unwrap();
+    world.run(&home, |fs| fs.fallocate(file, 0, 10 * MIB, mode, false)).unwrap();
     let second = create(&world, &home, Ino::ROOT, "second", b"");
     for i in 0..10 {
         write(second, i * MIB, 200 + i).unwrap();

@@ -25,6 +25,23 @@ pub enum Seek {
     Hole,
 }
 
+/// What a write takes off a file besides changing it (chmod(2), capabilities(7)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Strip {
+    /// Nothing: pages that were changed through a mapping.
+    Nothing,
+    /// Its capabilities: the writer is privileged.
+    Capability,
+    /// Its capabilities and set-id bits.
+    All,
+}
+
+impl Strip {
+    fn of(kill: bool) -> Strip {
+        if kill { Strip::All } else { Strip::Capability }
+    }
+}
+
 impl Fs {
     /// At most `len` bytes at `offset`; fewer only at the end of the file.
     pub fn read(&self, ino: Ino, offset: u64, len: usize) -> Result<Bytes> {
@@ -100,10 +117,15 @@ impl Fs {
 
     /// Writes `data` at `offset`. `kill` clears set-id bits (the writer lacks CAP_FSETID).
     pub fn write(&self, ino: Ino, offset: u64, data: &[u8], kill: bool) -> Result<usize> {
+        self.write_as(ino, offset, data, Strip::of(kill))
+    }
+
+    /// Writes `data` at `offset`.
+    pub fn write_as(&self, ino: Ino, offset: u64, data: &[u8], strip: Strip) -> Result<usize> {
         let end = offset.checked_add(data.len() as u64).filter(|end| *end <= MAX_FILE_SIZE);
         let Some(end) = end else { return os(libc::EFBIG) };
         let mut tx = self.begin_growing()?;
-        tx.open_for_write(ino)?;
+        tx.open_for_write(ino, strip)?;
         tx.check_limit(ino, offset..end, data.len() as u64)?;
         let now = tx.now;
         let inode = tx.inode(ino)?;
@@ -112,9 +134,6 @@ impl Fs {
         }
         inode.size = inode.size.max(end);
         (inode.mtime, inode.ctime) = (now, now);
-        if kill {
-            clear_set_id(inode);
-        }
         tx.count_allocated(ino, offset..end, data.len() as u64);
         let record = self.settings.record_size;
         tx.st.edit_dirty(ino, |file, full| {
@@ -129,8 +148,8 @@ impl Fs {
     }
 
     /// fallocate(2): plain and keep-size only move the size (space is promised by the volume, not by blocks);
-    /// punch and zero make holes.
-    pub fn fallocate(&self, ino: Ino, offset: u64, len: u64, mode: i32) -> Result<()> {
+    /// punch and zero make holes. `kill` as for [`Fs::write`].
+    pub fn fallocate(&self, ino: Ino, offset: u64, len: u64, mode: i32, kill: bool) -> Result<()> {
         let known = libc::FALLOC_FL_KEEP_SIZE | libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE;
         if mode & !known != 0 {
             return os(libc::EOPNOTSUPP);
@@ -139,7 +158,7 @@ impl Fs {
             return os(if len == 0 { libc::EINVAL } else { libc::EFBIG });
         };
         let mut tx = self.begin_growing()?;
-        tx.open_for_write(ino)?;
+        tx.open_for_write(ino, Strip::of(kill))?;
         let now = tx.now;
         let inode = tx.inode(ino)?;
         let old = inode.size;
@@ -184,8 +203,8 @@ impl Fs {
     }
 
     /// copy_file_range(2): what is sealed is shared, only what is still in memory is copied. Returns the bytes
-    /// copied, fewer than `len` at the end of the source.
-    pub fn copy_range(&self, from: (Ino, u64), to: (Ino, u64), len: u64) -> Result<u64> {
+    /// copied, fewer than `len` at the end of the source. `kill` as for [`Fs::write`].
+    pub fn copy_range(&self, from: (Ino, u64), to: (Ino, u64), len: u64, kill: bool) -> Result<u64> {
         let mut tx = self.begin_growing()?;
         let source = tx.inode(from.0)?;
         if source.kind() != FileType::Regular {
@@ -204,7 +223,7 @@ impl Fs {
         if overlap {
             return os(libc::EINVAL);
         }
-        tx.open_for_write(to.0)?;
+        tx.open_for_write(to.0, Strip::of(kill))?;
         let pieces = self.pieces(&tx.st, from.0, from.1..from.1 + len)?;
         let stored: u64 = pieces.iter().filter(|p| !matches!(p.source, Source::Hole)).map(|p| p.len).sum();
         tx.check_limit(to.0, to.1..end, stored)?;
@@ -215,7 +234,6 @@ impl Fs {
         }
         target.size = target.size.max(end);
         (target.mtime, target.ctime) = (now, now);
-        clear_set_id(target);
         tx.count_allocated(to.0, to.1..end, stored);
         for piece in &pieces {
             tx.place(to.0, piece.start - from.1 + to.1, piece);
@@ -239,12 +257,16 @@ fn frame_part(bytes: &Bytes, ptr: FramePtr, from: u32, len: u64) -> Result<Bytes
 }
 
 impl Tx<'_> {
-    /// The file may be written: it exists, is a regular file, and loses its capabilities.
-    fn open_for_write(&mut self, ino: Ino) -> Result<()> {
-        if self.inode(ino)?.kind() != FileType::Regular {
+    /// The file may be written: it exists and is a regular file.
+    fn open_for_write(&mut self, ino: Ino, strip: Strip) -> Result<()> {
+        let inode = self.inode(ino)?;
+        if inode.kind() != FileType::Regular {
             return os(libc::EINVAL);
         }
-        self.drop_capability(ino)
+        if strip == Strip::All {
+            clear_set_id(inode);
+        }
+        if strip == Strip::Nothing { Ok(()) } else { self.drop_capability(ino) }
     }
 
     /// Refuses what would pass the volume's size limit: `range` of the file is to hold `bytes` that are no hole. What

@@ -13,9 +13,10 @@ use crate::types::{Ino, Timestamp};
 const XATTR_VALUE_MAX: usize = 65536;
 /// Access times are renewed after this at the latest, in seconds (mount(8), `relatime`).
 const ACCESS_RENEWAL: i64 = 86_400;
-/// Attributes that the system acts upon; of these only access control lists exist here.
-const SYSTEM: &[u8] = b"system.";
-const CAPABILITY: &[u8] = b"security.capability";
+/// The attributes that anybody, root, and security modules can set.
+const NAMESPACES: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
+/// File capabilities (capabilities(7)).
+pub const CAPABILITY: &[u8] = b"security.capability";
 
 /// An inode as `stat` shows it.
 #[derive(Clone, Debug)]
@@ -128,6 +129,23 @@ impl Fs {
         Ok(counted.unwrap_or_else(|_| Attr { ino, blocks: inode.size.div_ceil(4096) * 8, inode }))
     }
 
+    /// chown(2) to the same owner and group: it takes set-id bits and capabilities away all the same. From others than
+    /// root and the owner it changes nothing: the kernel asks on behalf of writers too, whose write then does it.
+    pub fn chown_to_same(&self, ino: Ino, caller: u32) -> Result<Attr> {
+        let mut tx = self.begin()?;
+        let now = tx.now;
+        let inode = tx.inode(ino)?;
+        if inode.kind() != FileType::Directory && (caller == 0 || caller == inode.uid) {
+            inode.ctime = now;
+            clear_set_id(inode);
+            tx.drop_capability(ino)?;
+            tx.apply();
+        } else {
+            drop(tx);
+        }
+        self.getattr(ino)
+    }
+
     /// Whether reading the inode now has to change its access time (never, unless the mount counts them).
     pub fn access_is_due(&self, ino: Ino) -> Result<bool> {
         if !self.settings.relatime || self.settings.read_only {
@@ -155,8 +173,8 @@ impl Fs {
     pub fn getxattr(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>> {
         let state = self.state.lock();
         let inode = state.inode(&*self.frames, ino)?;
-        if name.starts_with(SYSTEM) && AclKind::of(name).is_none() {
-            return os(libc::EOPNOTSUPP);
+        if AclKind::of(name).is_none() {
+            check_xattr_name(name)?;
         }
         if inode.flags & HAS_XATTR == 0 {
             return os(libc::ENODATA);
@@ -268,11 +286,12 @@ fn check_xattr_name(name: &[u8]) -> Result<()> {
     if name.is_empty() || name.len() > NAME_MAX {
         return os(libc::ERANGE);
     }
-    // Access control lists have their own way in; what else is there, nobody would act upon.
-    if name.starts_with(SYSTEM) {
-        return os(libc::EOPNOTSUPP);
+    // Access control lists have their own way in; what else there may be in `system.`, nobody would act upon.
+    match NAMESPACES.iter().find_map(|space| name.strip_prefix(*space)) {
+        None => os(libc::EOPNOTSUPP),
+        Some(b"") => os(libc::EINVAL),
+        Some(_) => Ok(()),
     }
-    Ok(())
 }
 
 /// A new inode with one name, all times `now`.

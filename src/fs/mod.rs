@@ -29,9 +29,9 @@ mod state;
 pub use acl::AclKind;
 pub use checkpoint::{CheckpointOutcome, Checkpointer};
 pub use commit::{Committer, Shipping};
-pub use data::Seek;
+pub use data::{Seek, Strip};
 pub use error::{Error, Result};
-pub use inode::{Attr, SetAttr, XattrMode};
+pub use inode::{Attr, CAPABILITY, SetAttr, XattrMode};
 pub use namespace::{Caller, DirItem, NewNode};
 pub use state::Recovery;
 

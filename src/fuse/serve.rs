@@ -1,7 +1,7 @@
 //! Carrying a request to its reply: at once if it can be answered from here, else through the pool.
 //! Invariant: every request is answered exactly once, within a bound; what fails is logged with its operation.
 
-use crate::fs::{self, Fs};
+use crate::fs::{self, Fs, Strip};
 use crate::log;
 use crate::types::{CommitNo, FramePtr, Ino};
 use bytes::Bytes;
@@ -136,14 +136,14 @@ impl Requests {
         ino: Ino,
         offset: u64,
         data: &[u8],
-        kill: bool,
+        strip: Strip,
         reply: impl FnOnce(Served<usize>) + Send + 'static,
     ) {
-        match self.attempt("write", &mut |fs| fs.write(ino, offset, data, kill)) {
+        match self.attempt("write", &mut |fs| fs.write_as(ino, offset, data, strip)) {
             Err(e) if wants_retry(&e) => {
                 let (this, data) = (self.clone(), data.to_vec());
                 self.pool.spawn(async move {
-                    reply(this.retry("write", move |fs| fs.write(ino, offset, &data, kill), e).await);
+                    reply(this.retry("write", move |fs| fs.write_as(ino, offset, &data, strip), e).await);
                 });
             }
             result => reply(result.map_err(|e| self.report("write", &e))),

@@ -4,8 +4,9 @@
     EMBASSYFS=target/release/embassyfs python3 tests/e2e/run.py [--list] [--keep] [--full] [CASE...]
 
 CASE is a case's name or the beginning of one (`real_input`, `real_input.s3`). Environment: EMBASSYFS (the program),
-S3S_FS (the S3 server; else scripts/s3.sh finds it), E2E_DIR (where to work, target/e2e), E2E_SEED (for what is drawn
-at random), E2E_FULL (1: the long form, as --full), E2E_BIG and E2E_BIG_S3 (size of the big file in MiB), E2E_MANY (small files), E2E_TAMPER (mutations).
+S3S_FS (the S3 server; else scripts/s3.sh finds it), FSX (fsx; else it is built), E2E_DIR (where to work, target/e2e),
+E2E_SEED (for what is drawn at random), E2E_FULL (1: the long form, as --full), E2E_BIG and E2E_BIG_S3 (size of the big
+file in MiB), E2E_MANY (small files), E2E_TAMPER (mutations).
 
 Invariant: this process never touches a mount, so that it can always abort one that hangs and clean up.
 """
@@ -40,6 +41,8 @@ CASES = {
     "pjdfstest": (300, [None]),
     "acl": (120, [None]),
     "access_times": (60, [None]),
+    "posix": (240, ["directories", "attributes", "files", "mounting"]),
+    "suites": (300, ["fsx", "stress_ng", "dbench", "fio"]),
 }
 
 
@@ -54,7 +57,8 @@ def run_here(module, parameter, directory):
     """Runs one case in this process; the parent watches."""
     sys.path.insert(0, str(Path(__file__).parent / "cases"))
     try:
-        importlib.import_module(module).main(directory, *([parameter] if parameter else []))
+        # By its package: `posix` alone is a module of Python itself.
+        importlib.import_module(f"cases.{module}").main(directory, *([parameter] if parameter else []))
     except harness.Failed as failure:
         harness.die_with_story(str(failure))
     except Exception:

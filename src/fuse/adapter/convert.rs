@@ -96,7 +96,8 @@ pub(super) fn timestamp(t: SystemTime) -> Timestamp {
         Ok(d) => Timestamp { secs: i64::try_from(d.as_secs()).unwrap_or(i64::MAX), nanos: d.subsec_nanos() },
         Err(before) => {
             let d = before.duration();
-            Timestamp { secs: -i64::try_from(d.as_secs()).unwrap_or(i64::MAX), nanos: d.subsec_nanos() }
+            let secs = 0i64.checked_sub_unsigned(d.as_secs()).unwrap_or(i64::MIN);
+            Timestamp { secs, nanos: d.subsec_nanos() }
         }
     }
 }

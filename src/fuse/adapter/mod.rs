@@ -4,20 +4,22 @@
 
 mod convert;
 mod reply;
+mod request;
 
 use super::pace::{self, Pace};
 use super::serve::{Requests, Served};
 use crate::clock::Clock;
-use crate::fs::{self, AclKind, Attr, Caller, Fs, NewNode, Seek, SetAttr, XattrMode};
+use crate::fs::{self, AclKind, Attr, CAPABILITY, Fs, NewNode, Seek, SetAttr, Strip, XattrMode};
 use crate::tree::value::FileType;
-use crate::types::Ino;
-use convert::{file_attr, kind_of, timestamp};
+use convert::{file_attr, kind_of};
 use fuser::{
     BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
     InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
     ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
     ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
 };
+use parking_lot::Mutex;
+use request::{OwnedNode, caller, in_group, ino, time_or_now, untrusted};
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -47,7 +49,12 @@ pub fn serve(
     let mut config = Config::default();
     config.n_threads = Some(DISPATCH_THREADS);
     let pace = Pace::start(fuse_fd.as_fd(), clock)?;
-    let session = Session::from_fd(Adapter { requests, pace }, fuse_fd, SessionACL::All, config)?;
+    let session = Session::from_fd(
+        Adapter { requests, pace, stripped: Mutex::default() },
+        fuse_fd,
+        SessionACL::All,
+        config,
+    )?;
     ready();
     session.run()
 }
@@ -56,6 +63,8 @@ pub fn serve(
 struct Adapter {
     requests: Arc<Requests>,
     pace: Arc<Pace>,
+    /// The inode that lost its capabilities last, and the process for which the kernel asked that.
+    stripped: Mutex<(u64, u32)>,
 }
 
 impl Adapter {
@@ -129,52 +138,6 @@ impl Adapter {
             Ok(false) => reply.opened(FileHandle(0), cached),
             Err(e) => reply.error(Errno::from_i32(e)),
         });
-    }
-}
-
-/// A [`NewNode`] that can wait for its turn.
-struct OwnedNode {
-    kind: FileType,
-    mode: u32,
-    umask: u32,
-    rdev: u32,
-    target: Vec<u8>,
-}
-
-impl OwnedNode {
-    fn new(kind: FileType, mode: u32, umask: u32) -> OwnedNode {
-        OwnedNode { kind, mode, umask, rdev: 0, target: Vec::new() }
-    }
-
-    fn borrow(&self) -> NewNode<'_> {
-        NewNode { kind: self.kind, mode: self.mode, umask: self.umask, rdev: self.rdev, target: &self.target }
-    }
-}
-
-fn ino(n: INodeNo) -> Ino {
-    Ino(n.0)
-}
-
-fn caller(req: &Request) -> Caller {
-    Caller { uid: req.uid(), gid: req.gid() }
-}
-
-/// Whether who makes a request may act for a group: it is one of its groups, or it may do anything.
-fn in_group(req: &Request) -> impl Fn(u32) -> bool + Send + 'static {
-    let (all, own) = (req.uid() == 0, req.gid());
-    // The request names one group only; the others are the process's, which waits for the answer.
-    let status = if all { None } else { std::fs::read_to_string(format!("/proc/{}/status", req.pid())).ok() };
-    let listed =
-        status.as_deref().and_then(|text| text.lines().find_map(|line| line.strip_prefix("Groups:")));
-    let more: Vec<u32> =
-        listed.unwrap_or_default().split_whitespace().filter_map(|n| n.parse().ok()).collect();
-    move |group| all || group == own || more.contains(&group)
-}
-
-fn time_or_now(time: TimeOrNow) -> Option<crate::types::Timestamp> {
-    match time {
-        TimeOrNow::SpecificTime(t) => Some(timestamp(t)),
-        TimeOrNow::Now => None,
     }
 }
 
@@ -259,6 +222,15 @@ impl Filesystem for Adapter {
             mtime: mtime.map(time_or_now),
             privileged: req.uid() == 0,
         };
+        // Nothing to change: a chown to the same owner. Or a privileged write to a file that had capabilities, which the
+        // kernel has just had removed; that one keeps the set-id bits.
+        if mode.or(uid).or(gid).is_none() && size.is_none() && set.atime.is_none() && set.mtime.is_none() {
+            let caller = req.uid();
+            let writes = caller == 0 && *self.stripped.lock() == (n.0, req.pid());
+            let op =
+                move |fs: &Fs| if writes { fs.getattr(ino(n)) } else { fs.chown_to_same(ino(n), caller) };
+            return self.serve_attr("chown", op, reply);
+        }
         self.serve_attr("setattr", move |fs| fs.setattr(ino(n), &set), reply);
     }
 
@@ -405,9 +377,15 @@ impl Filesystem for Adapter {
         _owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        let strip = if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) {
+            Strip::All
+        } else if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
+            Strip::Nothing
+        } else {
+            Strip::Capability
+        };
         self.paced(data.len());
-        self.requests.write(ino(n), offset, data, kill, move |result| match result {
+        self.requests.write(ino(n), offset, data, strip, move |result| match result {
             Ok(written) => reply.written(written as u32),
             Err(e) => reply.error(Errno::from_i32(e)),
         });
@@ -494,8 +472,11 @@ impl Filesystem for Adapter {
         );
     }
 
-    fn listxattr(&self, _req: &Request, n: INodeNo, size: u32, reply: ReplyXattr) {
-        self.serve("listxattr", move |fs| fs.listxattr(ino(n)), move |_, r| reply::xattr(reply, size, r));
+    fn listxattr(&self, req: &Request, n: INodeNo, size: u32, reply: ReplyXattr) {
+        let all = req.uid() == 0;
+        let list =
+            move |fs: &Fs| fs.listxattr(ino(n)).map(|names| if all { names } else { untrusted(&names) });
+        self.serve("listxattr", list, move |_, r| reply::xattr(reply, size, r));
     }
 
     fn removexattr(&self, req: &Request, n: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -504,6 +485,9 @@ impl Filesystem for Adapter {
             let in_group = in_group(req);
             let remove = move |fs: &Fs| fs.set_acl(ino(n), kind, None, &in_group);
             return self.serve_empty("removexattr", remove, reply);
+        }
+        if name == CAPABILITY {
+            *self.stripped.lock() = (n.0, req.pid());
         }
         self.serve_empty("removexattr", move |fs| fs.removexattr(ino(n), &name), reply);
     }
@@ -524,7 +508,7 @@ impl Filesystem for Adapter {
 
     fn fallocate(
         &self,
-        _req: &Request,
+        req: &Request,
         n: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -532,7 +516,8 @@ impl Filesystem for Adapter {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        self.serve_empty("fallocate", move |fs| fs.fallocate(ino(n), offset, length, mode), reply);
+        let kill = req.uid() != 0;
+        self.serve_empty("fallocate", move |fs| fs.fallocate(ino(n), offset, length, mode, kill), reply);
     }
 
     fn lseek(
@@ -564,7 +549,7 @@ impl Filesystem for Adapter {
 
     fn copy_file_range(
         &self,
-        _req: &Request,
+        req: &Request,
         ino_in: INodeNo,
         _fh_in: FileHandle,
         offset_in: u64,
@@ -575,9 +560,10 @@ impl Filesystem for Adapter {
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
+        let kill = req.uid() != 0;
         self.serve(
             "copy_file_range",
-            move |fs| fs.copy_range((ino(ino_in), offset_in), (ino(ino_out), offset_out), len),
+            move |fs| fs.copy_range((ino(ino_in), offset_in), (ino(ino_out), offset_out), len, kill),
             move |_, result| match result {
                 Ok(copied) => reply.written(copied as u32),
                 Err(e) => reply.error(Errno::from_i32(e)),
