@@ -114,7 +114,12 @@ impl View<'_> {
             let what = || format!("attribute {name:?} of {ino:?}");
             let found = self.run(what, |fs| fs.getxattr(ino, name))?;
             if found != *value {
-                return Err(format!("{}: {} bytes, others than the {} expected", what(), found.len(), value.len()));
+                return Err(format!(
+                    "{}: {} bytes, others than the {} expected",
+                    what(),
+                    found.len(),
+                    value.len()
+                ));
             }
         }
         match node.kind {
@@ -166,7 +171,8 @@ impl View<'_> {
     }
 
     fn compare_bytes(&self, ino: Ino, at: u64, len: u64, expected: &[u8]) -> Same {
-        let found = self.run(|| format!("read of {len} at {at} of {ino:?}"), |fs| fs.read(ino, at, len as usize))?;
+        let found =
+            self.run(|| format!("read of {len} at {at} of {ino:?}"), |fs| fs.read(ino, at, len as usize))?;
         compare_bytes(ino, at, &found, expected)
     }
 }
@@ -180,7 +186,12 @@ pub fn compare_bytes(ino: Ino, at: u64, found: &[u8], expected: &[u8]) -> Same {
         "content of {ino:?} at {at}: {} bytes, expected {}; the first that differs is at {}",
         found.len(),
         expected.len(),
-        first.map_or("the end of the shorter".into(), |i| format!("{} (found {}, expected {})", at + i as u64, found[i], expected[i])),
+        first.map_or("the end of the shorter".into(), |i| format!(
+            "{} (found {}, expected {})",
+            at + i as u64,
+            found[i],
+            expected[i]
+        )),
     ))
 }
 

@@ -78,8 +78,7 @@ impl Host {
         let clock = Arc::new(TestClock { wall: Mutex::new(now), real: Env::system().clock });
         let link = Arc::new(FaultStore::new(world.store.clone(), 0, Faults::default()));
         let state = "home".into();
-        let mut host =
-            Host { world, sizes, clock, link, home: None, state, states: 0, dying: Vec::new() };
+        let mut host = Host { world, sizes, clock, link, home: None, state, states: 0, dying: Vec::new() };
         host.open();
         host
     }

@@ -34,40 +34,122 @@ impl Fill {
 
 #[derive(Clone, Debug)]
 pub enum Op {
-    Make { dir: Ino, name: Bytes, kind: FileType, mode: u32, umask: u32, rdev: u32, target: Bytes, who: Caller, hold: bool },
-    Lookup { dir: Ino, name: Bytes },
-    Link { ino: Ino, dir: Ino, name: Bytes },
-    Remove { dir: Ino, name: Bytes, directory: bool },
-    Rename { from: (Ino, Bytes), to: (Ino, Bytes), flags: u32, who: Caller },
-    Write { ino: Ino, at: u64, fill: Fill, kill: bool },
-    Read { ino: Ino, at: u64, len: u64 },
-    Fallocate { ino: Ino, at: u64, len: u64, mode: i32 },
-    Copy { from: (Ino, u64), to: (Ino, u64), len: u64 },
-    SeekTo { ino: Ino, at: u64, what: Seek },
-    SetAttr { ino: Ino, set: SetAttr },
-    SetXattr { ino: Ino, name: Bytes, value: Fill, mode: XattrMode },
-    RemoveXattr { ino: Ino, name: Bytes },
-    GetXattr { ino: Ino, name: Bytes },
-    Readlink { ino: Ino },
-    Hold { ino: Ino },
-    Forget { ino: Ino, n: u64 },
-    Scan { dir: Ino },
-    ScanOn { scan: usize, limit: usize },
-    Commit { wait: bool },
+    Make {
+        dir: Ino,
+        name: Bytes,
+        kind: FileType,
+        mode: u32,
+        umask: u32,
+        rdev: u32,
+        target: Bytes,
+        who: Caller,
+        hold: bool,
+    },
+    Lookup {
+        dir: Ino,
+        name: Bytes,
+    },
+    Link {
+        ino: Ino,
+        dir: Ino,
+        name: Bytes,
+    },
+    Remove {
+        dir: Ino,
+        name: Bytes,
+        directory: bool,
+    },
+    Rename {
+        from: (Ino, Bytes),
+        to: (Ino, Bytes),
+        flags: u32,
+        who: Caller,
+    },
+    Write {
+        ino: Ino,
+        at: u64,
+        fill: Fill,
+        kill: bool,
+    },
+    Read {
+        ino: Ino,
+        at: u64,
+        len: u64,
+    },
+    Fallocate {
+        ino: Ino,
+        at: u64,
+        len: u64,
+        mode: i32,
+    },
+    Copy {
+        from: (Ino, u64),
+        to: (Ino, u64),
+        len: u64,
+    },
+    SeekTo {
+        ino: Ino,
+        at: u64,
+        what: Seek,
+    },
+    SetAttr {
+        ino: Ino,
+        set: SetAttr,
+    },
+    SetXattr {
+        ino: Ino,
+        name: Bytes,
+        value: Fill,
+        mode: XattrMode,
+    },
+    RemoveXattr {
+        ino: Ino,
+        name: Bytes,
+    },
+    GetXattr {
+        ino: Ino,
+        name: Bytes,
+    },
+    Readlink {
+        ino: Ino,
+    },
+    Hold {
+        ino: Ino,
+    },
+    Forget {
+        ino: Ino,
+        n: u64,
+    },
+    Scan {
+        dir: Ino,
+    },
+    ScanOn {
+        scan: usize,
+        limit: usize,
+    },
+    Commit {
+        wait: bool,
+    },
     Ship,
     Compare,
-    Reopen { ship: bool },
+    Reopen {
+        ship: bool,
+    },
     Crash,
-    Embassy { newest: bool, fresh: bool },
+    Embassy {
+        newest: bool,
+        fresh: bool,
+    },
     /// So many attributes that the memtable is full, and a checkpoint is made beside the run. No inode gets so many that
     /// the frame cache cannot hold them: they are listed in one step.
-    Flood { inos: Vec<Ino> },
+    Flood {
+        inos: Vec<Ino>,
+    },
 }
 
 /// How often each step is taken, by its place in [`Draw::next`].
-const WEIGHTS: [u64; 24] = [
-    90, 30, 25, 50, 60, 150, 40, 50, 40, 30, 60, 40, 20, 20, 5, 25, 25, 8, 40, 25, 4, 2, 2, 2,
-];
+const WEIGHTS: [u64; 24] =
+    [90, 30, 25, 50, 60, 150, 40, 50, 40, 30, 60, 40, 20, 20, 5, 25, 25, 8, 40, 25, 4, 2, 2, 2];
 
 pub struct Draw {
     pub rng: Rng,
@@ -130,9 +212,10 @@ impl Draw {
             15 => Op::Hold { ino: self.node(model) },
             16 => self.forget(model),
             17 => Op::Scan { dir: self.dir(model) },
-            18 if scans > 0 => {
-                Op::ScanOn { scan: self.rng.below(scans as u64) as usize, limit: self.rng.pick(&[1, 2, 7, 50]) }
-            }
+            18 if scans > 0 => Op::ScanOn {
+                scan: self.rng.below(scans as u64) as usize,
+                limit: self.rng.pick(&[1, 2, 7, 50]),
+            },
             18 | 19 => Op::Commit { wait: self.rng.one_in(3) },
             20 => Op::Ship,
             21 => Op::Embassy { newest: self.rng.one_in(2), fresh: self.rng.one_in(3) },
@@ -224,7 +307,19 @@ impl Draw {
     fn make(&mut self, model: &Model) -> Op {
         use FileType::*;
         let dir = self.dir(model);
-        let kinds = [Regular, Regular, Regular, Regular, Directory, Directory, Symlink, Fifo, Socket, CharDevice, BlockDevice];
+        let kinds = [
+            Regular,
+            Regular,
+            Regular,
+            Regular,
+            Directory,
+            Directory,
+            Symlink,
+            Fifo,
+            Socket,
+            CharDevice,
+            BlockDevice,
+        ];
         let len = self.rng.pick(&[1, 10, 300, 4095, 4096, 0]);
         Op::Make {
             dir,
@@ -262,6 +357,9 @@ impl Draw {
     }
 
     fn len(&mut self) -> u64 {
+        if self.rng.one_in(150) {
+            return (2 << 20) + self.rng.below(4 << 20); // so much that records are sealed before their commit
+        }
         let longest = self.rng.pick(&[10, 300, 5000, 5000, 40_000, 3 * self.record, 2 * self.record]);
         1 + self.rng.below(longest.min(600_000))
     }

@@ -1,18 +1,16 @@
 //! One run: steps on the file system and on the model side by side, their answers compared, then all that they touched.
 //! Invariant: after each step the model is what home has to show, and `history` what each commit has to show.
 
-use super::compare::{Same, View, compare_attr, compare_bytes, compare_list, same};
+use super::compare::{Same, compare_attr, compare_bytes, compare_list, same};
 use super::host::{Host, Sizes};
 use super::ops::{Draw, Fill, Op};
 use super::reference::{Answer, Model};
 use bytes::Bytes;
 use embassyfs::fs::{Attr, Caller, Fs, NewNode, Seek, SetAttr, XattrMode};
-use embassyfs::replica::Version;
 use embassyfs::tree::value::FileType;
-use embassyfs::types::{CommitNo, Ino, Timestamp};
+use embassyfs::types::{Ino, Timestamp};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Debug;
-use std::time::Duration;
 
 /// Steps that are told when a run fails.
 const TOLD: usize = 30;
@@ -22,7 +20,7 @@ const DATA_MAX: u64 = 12 << 20;
 const FLOOD: usize = 420;
 
 /// A listing under way.
-struct Scan {
+pub(super) struct Scan {
     dir: Ino,
     cookie: u64,
     /// Arrival of the entry that was listed last.
@@ -30,26 +28,26 @@ struct Scan {
 }
 
 pub struct Run {
-    seed: u64,
-    draw: Draw,
-    host: Host,
-    model: Model,
+    pub(super) seed: u64,
+    pub(super) draw: Draw,
+    pub(super) host: Host,
+    pub(super) model: Model,
     /// The model after the last step of each commit.
-    history: Vec<(u64, Model)>,
+    pub(super) history: Vec<(u64, Model)>,
     /// Every inode number that was given out.
-    used: BTreeSet<Ino>,
-    cookies: BTreeMap<u64, u64>,
-    scans: Vec<Scan>,
-    now: Timestamp,
-    step: u64,
-    recent: VecDeque<String>,
+    pub(super) used: BTreeSet<Ino>,
+    pub(super) cookies: BTreeMap<u64, u64>,
+    pub(super) scans: Vec<Scan>,
+    pub(super) now: Timestamp,
+    pub(super) step: u64,
+    pub(super) recent: VecDeque<String>,
     /// Commit that was shipped on demand, the newest.
-    shipped: u64,
+    pub(super) shipped: u64,
     /// Commit that was waited for, the newest.
-    acked: u64,
+    pub(super) acked: u64,
     /// Checkpoints in the store when home was opened.
-    checkpoints: usize,
-    done: Counts,
+    pub(super) checkpoints: usize,
+    pub(super) done: Counts,
 }
 
 /// What a run came to, so that a test can see that it did what it is for.
@@ -65,6 +63,21 @@ pub struct Counts {
     pub readers: u64,
     /// Checkpoints that were made beside the run.
     pub checkpoints: u64,
+}
+
+impl Counts {
+    pub fn plus(self, other: Counts) -> Counts {
+        Counts {
+            steps: self.steps + other.steps,
+            errors: self.errors + other.errors,
+            commits: self.commits + other.commits,
+            reopened: self.reopened + other.reopened,
+            crashes: self.crashes + other.crashes,
+            lost: self.lost + other.lost,
+            readers: self.readers + other.readers,
+            checkpoints: self.checkpoints + other.checkpoints,
+        }
+    }
 }
 
 impl Run {
@@ -96,7 +109,8 @@ impl Run {
 
     /// Takes `steps` steps, then compares everything, here and after all ends; panics where something differs.
     pub fn go(&mut self, steps: u64) -> Counts {
-        let last = [Op::Compare, Op::Ship, Op::Embassy { newest: true, fresh: true }, Op::Reopen { ship: true }];
+        let last =
+            [Op::Compare, Op::Ship, Op::Embassy { newest: true, fresh: true }, Op::Reopen { ship: true }];
         for step in 0..steps + last.len() as u64 {
             let op = match step.checked_sub(steps) {
                 None => self.draw.next(&self.model, self.scans.len()),
@@ -111,7 +125,10 @@ impl Run {
     fn take(&mut self, op: &Op) {
         self.step += 1;
         let nanos = self.now.nanos + 1 + self.draw.rng.below(999_999_998) as u32;
-        self.now = Timestamp { secs: self.now.secs + i64::from(nanos / 1_000_000_000), nanos: nanos % 1_000_000_000 };
+        self.now = Timestamp {
+            secs: self.now.secs + i64::from(nanos / 1_000_000_000),
+            nanos: nanos % 1_000_000_000,
+        };
         self.host.set_clock(self.now);
         let before: BTreeSet<Ino> = self.touched(op);
         self.recent.push_back(format!("{:6} {op:?}", self.step));
@@ -140,8 +157,12 @@ impl Run {
     fn tell(&self, difference: &str) -> ! {
         let steps: Vec<&str> = self.recent.iter().map(String::as_str).collect();
         panic!(
-            "seed {} step {}: {difference}\nthe last {} steps:\n{}\nagain: EMBASSYFS_MODEL_SEED={} cargo test --release --test model",
-            self.seed, self.step, steps.len(), steps.join("\n"), self.seed
+            "seed {} step {}: {difference}\nthe last {} steps:\n{}\nagain: EMBASSYFS_MODEL_SEED={} cargo test --release --test model other_seeds -- --nocapture",
+            self.seed,
+            self.step,
+            steps.len(),
+            steps.join("\n"),
+            self.seed
         );
     }
 
@@ -178,14 +199,14 @@ impl Run {
     }
 
     /// The step changed the model: the commit that has it is the newest.
-    fn note(&mut self) {
+    pub(super) fn note(&mut self) {
         let commit = self.host.newest();
         self.history.retain(|(no, _)| *no < commit);
         self.history.push((commit, self.model.clone()));
     }
 
     /// What a commit has to show.
-    fn at(&self, commit: u64) -> &Model {
+    pub(super) fn at(&self, commit: u64) -> &Model {
         let found = self.history.iter().rev().find(|(no, _)| *no <= commit);
         &found.expect("the history begins with commit 0").1
     }
@@ -289,7 +310,8 @@ impl Run {
                 self.agree(found.map(|_| ()), expected)
             }
             Op::Remove { dir, name, directory } => {
-                let found = self.fs(|fs| if *directory { fs.rmdir(*dir, name) } else { fs.unlink(*dir, name) });
+                let found =
+                    self.fs(|fs| if *directory { fs.rmdir(*dir, name) } else { fs.unlink(*dir, name) });
                 let expected = self.model.remove(*dir, name, *directory, now);
                 self.agree(found, expected)
             }
@@ -417,7 +439,9 @@ impl Run {
         let (items, node) = match (found, self.model.node(dir)) {
             (Ok(items), Some(node)) if node.kind == FileType::Directory => (items, node),
             (Err(libc::ESTALE), None) => return self.scan_over(which),
-            (Err(libc::ENOTDIR), Some(node)) if node.kind != FileType::Directory => return self.scan_over(which),
+            (Err(libc::ENOTDIR), Some(node)) if node.kind != FileType::Directory => {
+                return self.scan_over(which);
+            }
             (found, _) => return Err(format!("readdir of {dir:?} after {cookie}: {found:?}")),
         };
         let left: Vec<_> = node.entries.iter().filter(|entry| entry.arrival > arrival).cloned().collect();
@@ -432,124 +456,5 @@ impl Run {
     fn scan_over(&mut self, which: usize) -> Same {
         self.scans.remove(which);
         Ok(())
-    }
-
-    fn compare_home(&mut self) -> Same {
-        let batch = self.draw.rng.pick(&[1, 7, 300]);
-        let (world, volume) = (&self.host.world, self.host.home());
-        View { world, volume, batch, cookies: &mut self.cookies }.compare(&self.model)
-    }
-
-    fn ship(&mut self) -> Same {
-        let commit = self.host.newest();
-        self.host.ship();
-        (self.shipped, self.acked) = (commit, commit);
-        let used = self.host.home().fs.usage().used;
-        same(|| "usage().used".into(), used, self.model.used())
-    }
-
-    fn reopen(&mut self, ship: bool) -> Same {
-        self.count_checkpoints();
-        self.host.close(if ship { Duration::from_secs(30) } else { Duration::ZERO });
-        self.host.open();
-        self.checkpoints = self.host.checkpoints();
-        self.done.reopened += 1;
-        self.restarted()
-    }
-
-    /// Those made since home was opened, as far as the store has them by now.
-    fn count_checkpoints(&mut self) {
-        self.done.checkpoints += self.host.checkpoints().saturating_sub(self.checkpoints) as u64;
-    }
-
-    /// What has no name is freed, by a commit of its own.
-    fn restarted(&mut self) -> Same {
-        self.acked = self.acked.max(self.history.last().map_or(0, |(commit, _)| *commit));
-        self.model.restart();
-        self.note();
-        self.compare_home()
-    }
-
-    /// After a crash home shows one of its commits, not older than the last that was acknowledged.
-    fn crash(&mut self) -> Same {
-        let least = self.host.durable().0.max(self.acked);
-        self.count_checkpoints();
-        self.host.crash().map_err(|e| format!("the image of the state directory: {e}"))?;
-        self.host.open();
-        self.checkpoints = self.host.checkpoints();
-        self.done.crashes += 1;
-        let newest = self.host.newest();
-        let mut differences = Vec::new();
-        for commit in self.candidates(newest, least) {
-            let mut model = self.shown_after(commit);
-            model.restart();
-            let (world, volume) = (&self.host.world, self.host.home());
-            let mut cookies = self.cookies.clone();
-            match (View { world, volume, batch: 100, cookies: &mut cookies }).compare(&model) {
-                Err(difference) => differences.push(format!("not commit {commit}: {difference}")),
-                Ok(()) => return self.rolled_back(commit, model),
-            }
-        }
-        let differences = differences.join("\n");
-        Err(format!("after the crash home is at commit {newest}, {least} was durable here\n{differences}"))
-    }
-
-    /// Commits that home can show when its newest is `newest`: that one, or, if something had to be done at once (an
-    /// inode without names freed, the root made), the one before.
-    fn candidates(&self, newest: u64, least: u64) -> Vec<u64> {
-        let busy = |commit: u64| commit == 0 || !self.at(commit).orphans().is_empty();
-        let both = [Some(newest).filter(|no| !busy(*no)), newest.checked_sub(1).filter(|no| busy(*no))];
-        both.into_iter().flatten().filter(|commit| *commit >= least).collect()
-    }
-
-    fn shown_after(&self, commit: u64) -> Model {
-        match commit {
-            0 => Model::new(self.now), // nothing was committed: the root is made at the opening
-            _ => self.at(commit).clone(),
-        }
-    }
-
-    /// What came after `commit` has never been.
-    fn rolled_back(&mut self, commit: u64, model: Model) -> Same {
-        self.done.lost += u64::from(self.history.last().is_some_and(|(no, _)| *no > commit));
-        self.model = Model { arrivals: self.model.arrivals, ..model };
-        self.history.retain(|(no, _)| *no <= commit);
-        self.scans.clear();
-        self.cookies.clear();
-        self.used = self.history.iter().flat_map(|(_, model)| model.nodes.keys()).copied().collect();
-        self.draw.gone.clear();
-        self.shipped = self.shipped.min(commit);
-        self.note();
-        Ok(())
-    }
-
-    fn look_abroad(&mut self, newest: bool, fresh: bool) -> Same {
-        let shipped = self.host.shipped().0.max(self.shipped);
-        let version = match newest || shipped == 0 {
-            true => Version::Newest,
-            false => Version::Commit(CommitNo(1 + self.draw.rng.below(shipped))),
-        };
-        if shipped == 0 {
-            return Ok(()); // nothing there yet
-        }
-        let volume = self.host.embassy(version, fresh).map_err(|e| format!("the embassy, {version:?}: {e}"))?;
-        self.done.readers += 1;
-        let shown = volume.opened.map_or(0, |(commit, _)| commit.0);
-        match version {
-            Version::Commit(commit) => same(|| "commit shown".into(), shown, commit.0)?,
-            _ if shown < shipped => return Err(format!("commit {shown} is shown, {shipped} was shipped")),
-            _ => {}
-        }
-        let model = self.at(shown).clone();
-        let mut cookies = self.cookies.clone();
-        let world = &self.host.world;
-        View { world, volume: &volume, batch: 50, cookies: &mut cookies }
-            .compare(&model)
-            .map_err(|e| format!("the embassy at commit {shown}: {e}"))?;
-        same(|| format!("usage().used at commit {shown}"), volume.fs.usage().used, model.used())?;
-        let who = Caller { uid: 0, gid: 0 };
-        let node = NewNode { kind: FileType::Fifo, mode: 0, umask: 0, rdev: 0, target: b"" };
-        let refused = volume.fs.make(Ino::ROOT, b"refused", &node, who).map(|_| ()).map_err(|e| e.errno());
-        same(|| "a change at the embassy".into(), refused, Err(libc::EROFS))
     }
 }
