@@ -4,7 +4,8 @@
 mod common;
 
 use bytes::Bytes;
-use common::{ROOT_USER, World, content, create, node};
+use common::{ROOT_USER, World, content, create, node, noise};
+use embassyfs::fs::{SetAttr, XattrMode};
 use embassyfs::log::volume::Parameters;
 use embassyfs::replica::Version;
 use embassyfs::replica::durable::Protection;
@@ -185,4 +186,40 @@ fn writing_one_file_again_and_again_does_not_fill_the_memtable() {
     receiver.recv_timeout(Duration::from_secs(20)).unwrap().unwrap();
     assert!(home.fs.memtable_bytes() < before + 4096, "{} bytes", home.fs.memtable_bytes());
     home.close(Duration::ZERO);
+}
+
+/// A checkpoint looks at all pages it will change before it writes any, and begins again after each fetch: pages that
+/// did not fit into both caches at once were fetched for ever, and `close` never returned.
+#[test]
+fn a_checkpoint_ends_that_needs_more_pages_than_the_caches_hold() {
+    let world = World::new(Parameters { page_size: 4 << 10, segment_size: 1 << 20, ..Parameters::default() });
+    let open = || {
+        let options = OpenOptions { disk_cache: 1 << 20, frame_cache: 8 << 20, ..world.options("home") };
+        Volume::open(options, world.runtime.handle()).unwrap()
+    };
+    let home = open();
+    let mut files = Vec::new();
+    for i in 0..30_000 {
+        let file = create(&world, &home, Ino::ROOT, &format!("f{i}"), b"");
+        world.run(&home, |fs| fs.setxattr(file, b"user.seal", &noise(i, 600), XattrMode::Any)).unwrap();
+        files.push(file);
+    }
+    home.close(Duration::from_secs(20));
+    drop(home);
+    // The next checkpoint lets the segments with the first one's pages go.
+    let home = open();
+    create(&world, &home, Ino::ROOT, "one more", b"");
+    home.close(Duration::from_secs(20));
+    drop(home);
+    let home = open();
+    for file in files {
+        let set = SetAttr { mode: Some(0o600), ..SetAttr::default() };
+        world.run(&home, |fs| fs.setattr(file, &set)).unwrap();
+    }
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || {
+        home.close(Duration::from_secs(20));
+        let _ = sender.send(());
+    });
+    assert!(receiver.recv_timeout(Duration::from_secs(60)).is_ok(), "the checkpoint does not end");
 }

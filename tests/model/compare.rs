@@ -9,6 +9,7 @@ use embassyfs::tree::value::{Body, FileType};
 use embassyfs::types::Ino;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
+use std::ops::Range;
 
 /// `Err` says what differs.
 pub type Same = Result<(), String>;
@@ -132,22 +133,28 @@ impl View<'_> {
         }
     }
 
-    /// Holes where the model has holes, the model's bytes where it has data, zeros at the edges of holes.
-    fn compare_content(&self, ino: Ino, node: &Node) -> Same {
+    /// Holes where the model has holes; gives the stretches of data.
+    pub fn compare_holes(&self, ino: Ino, node: &Node) -> Result<Vec<Range<u64>>, String> {
         let (size, mut at) = (node.data.size, 0);
         let mut stretches = Vec::new();
         while at < size {
-            let what = || format!("SEEK_DATA from {at} of {ino:?}");
             let start = match self.world.run(self.volume, |fs| fs.seek(ino, at, Seek::Data)) {
                 Ok(start) => start,
                 Err(e) if e.errno() == libc::ENXIO => break,
-                Err(e) => return Err(format!("{}: {e}", what())),
+                Err(e) => return Err(format!("SEEK_DATA from {at} of {ino:?}: {e}")),
             };
             let what = || format!("SEEK_HOLE from {start} of {ino:?}");
             at = self.run(what, |fs| fs.seek(ino, start, Seek::Hole))?;
             stretches.push(start..at);
         }
         same(|| format!("data of {ino:?}"), &stretches, &node.data.stretches())?;
+        Ok(stretches)
+    }
+
+    /// The model's bytes where it has data, zeros at the edges of holes, nothing behind the end.
+    fn compare_content(&self, ino: Ino, node: &Node) -> Same {
+        let size = node.data.size;
+        let stretches = self.compare_holes(ino, node)?;
         let mut hole = 0;
         for stretch in &stretches {
             self.compare_zeros(ino, hole, stretch.start)?;

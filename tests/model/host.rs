@@ -143,12 +143,20 @@ impl Host {
         }
     }
 
-    /// Returns when the store holds everything, and the file system counts it as written.
+    /// Returns when the store holds everything.
     pub fn ship(&self) {
         self.world.sync(self.home());
+    }
+
+    /// Bytes in use, once they are `expected`; else what they are after a long while. The store can have a commit a
+    /// moment before home counts it.
+    pub fn used(&self, expected: u64) -> u64 {
         let begun = self.clock.monotonic();
-        while self.home().fs.dirty_bytes() > 0 {
-            assert!(self.clock.monotonic() < begun + Duration::from_secs(20), "shipped, and still unwritten");
+        loop {
+            let used = self.home().fs.usage().used;
+            if used == expected || self.clock.monotonic() > begun + Duration::from_secs(10) {
+                return used;
+            }
             std::thread::yield_now();
         }
     }

@@ -22,7 +22,7 @@ impl Run {
         let commit = self.host.newest();
         self.host.ship();
         (self.shipped, self.acked) = (commit, commit);
-        let used = self.host.home().fs.usage().used;
+        let used = self.host.used(self.model.used());
         same(|| "usage().used".into(), used, self.model.used())
     }
 
