@@ -38,8 +38,9 @@ pub fn usual() -> Sizes {
     Sizes { parameters: Parameters::default(), dirty_max: 64 << 20, disk_cache: 10 << 30 }
 }
 
-/// With floods: the tree must find room in the cache, else a checkpoint can never hold all that it needs.
-pub const FLOODED: Sizes = Sizes { disk_cache: 1 << 30, ..SMALL };
+/// With floods: the tree must find room in the cache, else a checkpoint can never hold all that it needs. With much
+/// unwritten data, so that records are sealed before their commit.
+pub const FLOODED: Sizes = Sizes { disk_cache: 1 << 30, dirty_max: 64 << 20, ..SMALL };
 
 /// The wall clock stands still until it is set; the monotonic clock is the machine's.
 struct TestClock {

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use embassyfs::fs::{Caller, MAX_FILE_SIZE, Seek, SetAttr, XattrMode};
 use embassyfs::tree::value::FileType;
 use embassyfs::types::{Ino, Timestamp};
+use std::ops::Range;
 
 /// Bytes to be written: as many, of that kind.
 #[derive(Clone, Copy, Debug)]
@@ -161,6 +162,8 @@ pub struct Draw {
     pub floods: bool,
     /// More inodes than this are not made.
     nodes_max: usize,
+    /// A stretch that was just written, and how many small writes into it are to follow: those meet the sealing.
+    hot: (Ino, Range<u64>, u32),
 }
 
 impl Draw {
@@ -170,10 +173,14 @@ impl Draw {
         weights[0] = WEIGHTS[0] * 2; // without nodes there is nothing to do
         weights[20..].copy_from_slice(&WEIGHTS[20..]);
         let nodes_max = rng.pick(&[20, 80, 300]);
-        Draw { rng, weights, record, gone: Vec::new(), floods, nodes_max }
+        let hot = (Ino::ROOT, 0..1, 0);
+        Draw { rng, weights, record, gone: Vec::new(), floods, nodes_max, hot }
     }
 
     pub fn next(&mut self, model: &Model, scans: usize) -> Op {
+        if self.hot.2 > 0 && !self.rng.one_in(20) {
+            return self.write_hot();
+        }
         let mut at = self.rng.below(self.weights.iter().sum());
         let mut which = 0;
         while at >= self.weights[which] {
@@ -382,7 +389,18 @@ impl Draw {
         let ino = self.file(model);
         let at = self.offset(model, ino);
         let fill = Fill { len: self.len(), seed: self.rng.next() };
+        if fill.len > 1 << 20 && at < 1 << 40 {
+            self.hot = (ino, at..at + fill.len, 100);
+        }
         Op::Write { ino, at, fill, kill: self.rng.one_in(2) }
+    }
+
+    fn write_hot(&mut self) -> Op {
+        let (ino, range, left) = self.hot.clone();
+        self.hot.2 = left - 1;
+        let at = range.start + self.rng.below(range.end - range.start);
+        let fill = Fill { len: 1 + self.rng.below(100), seed: self.rng.next() };
+        Op::Write { ino, at, fill, kill: false }
     }
 
     fn fallocate(&mut self, model: &Model) -> Op {
