@@ -80,6 +80,25 @@ impl Counts {
     }
 }
 
+/// Whatever ends a run early, also a panic in the file system: the steps that led to it.
+impl Drop for Run {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        let steps: Vec<&str> = self.recent.iter().map(String::as_str).collect();
+        eprintln!(
+            "seed {} step {}; the last {} steps:\n{}\nagain: EMBASSYFS_MODEL_SEED={} cargo test --release --test model \
+             other_seeds -- --nocapture",
+            self.seed,
+            self.step,
+            steps.len(),
+            steps.join("\n"),
+            self.seed
+        );
+    }
+}
+
 impl Run {
     pub fn new(seed: u64, sizes: Sizes, floods: bool) -> Run {
         let mut draw = Draw::new(seed, u64::from(sizes.parameters.record_size), floods);
@@ -155,15 +174,7 @@ impl Run {
     }
 
     fn tell(&self, difference: &str) -> ! {
-        let steps: Vec<&str> = self.recent.iter().map(String::as_str).collect();
-        panic!(
-            "seed {} step {}: {difference}\nthe last {} steps:\n{}\nagain: EMBASSYFS_MODEL_SEED={} cargo test --release --test model other_seeds -- --nocapture",
-            self.seed,
-            self.step,
-            steps.len(),
-            steps.join("\n"),
-            self.seed
-        );
+        panic!("seed {} step {}: {difference}", self.seed, self.step);
     }
 
     /// Inodes that a step names, by number or by place.
