@@ -11,6 +11,8 @@ use crate::types::{Ino, Timestamp};
 
 /// Longest value of an extended attribute, in bytes (the kernel's own limit).
 const XATTR_VALUE_MAX: usize = 65536;
+/// Files whose bytes are counted and kept count of; beyond that counting begins anew.
+const COUNTS_MAX: usize = 4096;
 /// Access times are renewed after this at the latest, in seconds (mount(8), `relatime`).
 const ACCESS_RENEWAL: i64 = 86_400;
 /// The attributes that anybody, root, and security modules can set.
@@ -68,31 +70,41 @@ impl Fs {
     }
 
     pub(super) fn attr_of(&self, state: &mut super::state::State, ino: Ino, inode: Inode) -> Result<Attr> {
-        let bytes = match inode.kind() {
-            FileType::Regular if inode.flags & SPARSE != 0 => match state.allocated.get(&ino) {
-                Some(bytes) => *bytes,
-                None => {
-                    let bytes = self.allocated_bytes(state, ino, 0..inode.size)?;
-                    if state.allocated.len() >= 4096 {
-                        state.allocated.clear();
-                    }
-                    state.allocated.insert(ino, bytes);
-                    bytes
-                }
-            },
-            FileType::Regular => inode.size,
-            _ => 0,
-        };
+        let bytes = self.allocated(state, ino, &inode, inode.size)?;
         // Space is shown in whole blocks of 4096, as the applications know it.
         Ok(Attr { ino, inode, blocks: bytes.div_ceil(4096) * 8 })
+    }
+
+    /// Bytes among the first `end` of an inode that are not holes. The count for a whole file is kept.
+    fn allocated(&self, state: &mut super::state::State, ino: Ino, inode: &Inode, end: u64) -> Result<u64> {
+        match inode.kind() {
+            FileType::Regular if inode.flags & SPARSE == 0 => return Ok(end),
+            FileType::Regular => {}
+            _ => return Ok(0),
+        }
+        let whole = end == inode.size;
+        if let Some(bytes) = state.allocated.get(&ino).filter(|_| whole) {
+            return Ok(*bytes);
+        }
+        let bytes = self.allocated_bytes(state, ino, 0..end)?;
+        if whole {
+            if state.allocated.len() >= COUNTS_MAX {
+                state.allocated.clear();
+            }
+            state.allocated.insert(ino, bytes);
+        }
+        Ok(bytes)
     }
 
     /// Changes attributes, all or none.
     pub fn setattr(&self, ino: Ino, set: &SetAttr) -> Result<Attr> {
         let mut tx = self.begin()?;
         let now = tx.now;
+        let old = tx.inode(ino)?.clone();
+        let kept = set.size.unwrap_or(old.size).min(old.size);
+        let bytes = self.allocated(&mut tx.st, ino, &old, kept)?;
         if let Some(size) = set.size {
-            if size > tx.inode(ino)?.size {
+            if size > old.size {
                 tx.want_room()?;
             }
             tx.truncate(ino, size, set.privileged)?;
@@ -122,11 +134,7 @@ impl Fs {
         }
         let inode = tx.inode(ino)?.clone();
         tx.apply();
-        // Nothing may fail any more: where the space cannot be counted from here, the size stands in for it until
-        // the next `stat`.
-        let mut state = self.state.lock();
-        let counted = self.attr_of(&mut state, ino, inode.clone());
-        Ok(counted.unwrap_or_else(|_| Attr { ino, blocks: inode.size.div_ceil(4096) * 8, inode }))
+        Ok(Attr { ino, inode, blocks: bytes.div_ceil(4096) * 8 })
     }
 
     /// chown(2) to the same owner and group: it takes set-id bits and capabilities away all the same. From others than

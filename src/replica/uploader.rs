@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 
 const FIRST_DELAY: Duration = Duration::from_millis(100);
 const DELAY_MAX: Duration = Duration::from_secs(5);
@@ -70,6 +71,7 @@ pub type OnSent = Box<dyn Fn(&ClosedSegment) + Send + Sync>;
 pub struct Uploader {
     queue: mpsc::UnboundedSender<Upload>,
     shared: Arc<Shared>,
+    task: JoinHandle<()>,
 }
 
 struct Shared {
@@ -123,8 +125,8 @@ impl Uploader {
             sent_checkpoints: AtomicU64::new(0),
             failures: AtomicU64::new(0),
         });
-        handle.spawn(run(shared.clone(), incoming, in_flight.max(1)));
-        Uploader { queue, shared }
+        let task = handle.spawn(run(shared.clone(), incoming, in_flight.max(1)));
+        Uploader { queue, shared, task }
     }
 
     /// Queues `upload`. Segments come in the order of the chain. After a stop or a fence it only counts as unsent.
@@ -158,6 +160,11 @@ impl Uploader {
     /// it there. What was not sent stays in the spool.
     pub fn stop(&self) {
         self.shared.halt.send_replace(true);
+    }
+
+    /// Waits until a stop has taken effect, so that nothing of it holds the state directory any more.
+    pub async fn ended(&mut self) {
+        let _ = (&mut self.task).await; // it was told to end; how it did changes nothing
     }
 }
 

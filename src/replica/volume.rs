@@ -36,6 +36,8 @@ const PAUSE: Duration = Duration::from_secs(1);
 const FRAME_CACHE_MIN: usize = 8 << 20;
 /// Segment files kept open for reading.
 const OPEN_FILES: usize = 128;
+/// How long a stop waits for an upload that cannot be stopped in the middle.
+const STOP_WAIT: Duration = Duration::from_secs(2);
 /// How often the spool's free space is looked at.
 const SPACE_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -448,9 +450,13 @@ impl Shipper {
         self.uploader.lock().as_ref().is_none_or(Uploader::idle)
     }
 
+    /// Stops the uploads, and waits a moment for the one that cannot be stopped in the middle.
     fn stop(&self) {
-        if let Some(uploader) = self.uploader.lock().take() {
-            uploader.stop();
+        let Some(mut uploader) = self.uploader.lock().take() else { return };
+        uploader.stop();
+        let ended = self.runtime.block_on(async { tokio::time::timeout(STOP_WAIT, uploader.ended()).await });
+        if ended.is_err() {
+            ::log::warn!("an upload is still on its way; it may yet arrive, which does no harm");
         }
     }
 

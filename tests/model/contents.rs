@@ -49,7 +49,15 @@ impl Model {
         Ok(data.len())
     }
 
-    pub fn fallocate(&mut self, ino: Ino, at: u64, len: u64, mode: i32, now: Timestamp) -> Answer<()> {
+    pub fn fallocate(
+        &mut self,
+        ino: Ino,
+        at: u64,
+        len: u64,
+        mode: i32,
+        kill: bool,
+        now: Timestamp,
+    ) -> Answer<()> {
         let holes = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE;
         let mut why = Why::default();
         self.regular(&mut why, ino, libc::EINVAL);
@@ -57,7 +65,11 @@ impl Model {
         why.when(len == 0, libc::EINVAL);
         why.when(at.checked_add(len).is_none_or(|end| end > MAX_FILE_SIZE), libc::EFBIG);
         why.nothing()?;
-        let data = &mut self.written(ino, now).data;
+        let node = self.written(ino, now);
+        if kill {
+            node.clear_set_id();
+        }
+        let data = &mut node.data;
         if mode & holes != 0 {
             data.punch(at..at + len);
         }
@@ -74,7 +86,14 @@ impl Model {
         }
     }
 
-    pub fn copy(&mut self, from: (Ino, u64), to: (Ino, u64), len: u64, now: Timestamp) -> Answer<u64> {
+    pub fn copy(
+        &mut self,
+        from: (Ino, u64),
+        to: (Ino, u64),
+        len: u64,
+        kill: bool,
+        now: Timestamp,
+    ) -> Answer<u64> {
         let mut why = Why::default();
         let size = self.regular(&mut why, from.0, libc::EINVAL).map_or(0, |node| node.data.size);
         let len = len.min(size.saturating_sub(from.1)).min(COPY_MAX);
@@ -89,7 +108,9 @@ impl Model {
         why.nothing()?;
         let pieces = self.nodes[&from.0].data.pieces(from.1..from.1 + len);
         let node = self.written(to.0, now);
-        node.clear_set_id();
+        if kill {
+            node.clear_set_id();
+        }
         node.data.punch(to.1..to.1 + len);
         node.data.size = node.data.size.max(to.1 + len);
         for (at, piece) in pieces {
@@ -151,7 +172,7 @@ impl Model {
         now: Timestamp,
     ) -> Answer<()> {
         let mut why = Why::default();
-        why.when(name.is_empty() || name.len() > 255, libc::ERANGE);
+        xattr_name(&mut why, name);
         why.when(value.len() > 65536, libc::E2BIG);
         why.when(self.node(ino).is_none(), libc::ESTALE);
         let there = self.node(ino).is_some_and(|node| node.xattrs.contains_key(name));
@@ -165,13 +186,18 @@ impl Model {
     }
 
     pub fn getxattr(&self, ino: Ino, name: &Bytes) -> Answer<Bytes> {
-        let node = self.node(ino).ok_or(vec![libc::ESTALE])?;
-        node.xattrs.get(name).cloned().ok_or(vec![libc::ENODATA])
+        let mut why = Why::default();
+        xattr_name(&mut why, name);
+        let value = self.node(ino).and_then(|node| node.xattrs.get(name));
+        why.when(self.node(ino).is_none(), libc::ESTALE);
+        why.when(value.is_none(), libc::ENODATA);
+        why.nothing()?;
+        Ok(value.cloned().unwrap_or_default())
     }
 
     pub fn removexattr(&mut self, ino: Ino, name: &Bytes, now: Timestamp) -> Answer<()> {
         let mut why = Why::default();
-        why.when(name.is_empty() || name.len() > 255, libc::ERANGE);
+        xattr_name(&mut why, name);
         why.when(self.node(ino).is_none(), libc::ESTALE);
         why.when(self.node(ino).is_none_or(|node| !node.xattrs.contains_key(name)), libc::ENODATA);
         why.nothing()?;
@@ -185,5 +211,15 @@ impl Model {
     pub fn listxattr(&self, ino: Ino) -> Answer<Vec<u8>> {
         let node = self.node(ino).ok_or(vec![libc::ESTALE])?;
         Ok(node.xattrs.keys().flat_map(|name| [name, &b"\0"[..]].concat()).collect())
+    }
+}
+
+/// The names that there can be: in one of three namespaces, with something behind it, and not too long.
+fn xattr_name(why: &mut Why, name: &[u8]) {
+    why.when(name.is_empty() || name.len() > 255, libc::ERANGE);
+    let spaces: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
+    match spaces.iter().find(|space| name.starts_with(space)) {
+        None => why.when(true, libc::EOPNOTSUPP),
+        Some(space) => why.when(name.len() == space.len(), libc::EINVAL),
     }
 }

@@ -82,11 +82,13 @@ pub enum Op {
         at: u64,
         len: u64,
         mode: i32,
+        kill: bool,
     },
     Copy {
         from: (Ino, u64),
         to: (Ino, u64),
         len: u64,
+        kill: bool,
     },
     SeekTo {
         ino: Ino,
@@ -414,14 +416,19 @@ impl Draw {
             1 => self.rng.next() >> 1,
             _ => self.len(),
         };
-        Op::Fallocate { ino, at: self.offset(model, ino), len, mode }
+        Op::Fallocate { ino, at: self.offset(model, ino), len, mode, kill: self.rng.one_in(2) }
     }
 
     fn copy(&mut self, model: &Model) -> Op {
         let from = self.file(model);
         let to = if self.rng.one_in(3) { from } else { self.file(model) };
         let len = if self.rng.one_in(20) { self.rng.next() >> 2 } else { self.len() };
-        Op::Copy { from: (from, self.offset(model, from)), to: (to, self.offset(model, to)), len }
+        Op::Copy {
+            from: (from, self.offset(model, from)),
+            to: (to, self.offset(model, to)),
+            len,
+            kill: self.rng.one_in(2),
+        }
     }
 
     fn time(&mut self) -> Option<Timestamp> {
@@ -460,7 +467,7 @@ impl Draw {
             1 => long(256),
             2 => Bytes::new(),
             3..9 => Bytes::from_static(b"security.capability"),
-            9 => Bytes::from_static(b"security.capabilit"),
+            9 => Bytes::from(self.rng.pick(&["security.capabilit", "plain", "system.other", "user."])),
             n => Bytes::from(format!("{}{n}", ["user.a", "trusted.b", "security.c"][n as usize % 3])),
         }
     }

@@ -351,9 +351,10 @@ impl Model {
 }
 
 fn new_node(node: &NewNode<'_>, dir: Ino, who: Caller, now: Timestamp) -> Node {
+    let umask = if node.kind == FileType::Symlink { 0 } else { node.umask };
     Node {
         kind: node.kind,
-        mode: node.mode & !node.umask & 0o7777,
+        mode: node.mode & !umask & 0o7777,
         uid: who.uid,
         gid: who.gid,
         rdev: match node.kind {

@@ -369,14 +369,14 @@ impl Run {
                 let expected = self.model.write(*ino, *at, &data, *kill, now);
                 self.agree(found, expected)
             }
-            Op::Fallocate { ino, at, len, mode } => {
-                let found = self.fs(|fs| fs.fallocate(*ino, *at, *len, *mode));
-                let expected = self.model.fallocate(*ino, *at, *len, *mode, now);
+            Op::Fallocate { ino, at, len, mode, kill } => {
+                let found = self.fs(|fs| fs.fallocate(*ino, *at, *len, *mode, *kill));
+                let expected = self.model.fallocate(*ino, *at, *len, *mode, *kill, now);
                 self.agree(found, expected)
             }
-            Op::Copy { from, to, len } => {
-                let found = self.fs(|fs| fs.copy_range(*from, *to, *len));
-                let expected = self.model.copy(*from, *to, *len, now);
+            Op::Copy { from, to, len, kill } => {
+                let found = self.fs(|fs| fs.copy_range(*from, *to, *len, *kill));
+                let expected = self.model.copy(*from, *to, *len, *kill, now);
                 self.agree(found, expected)
             }
             Op::SetAttr { ino, set } => {
