@@ -55,10 +55,6 @@ export S3S_FS
 mkdir -p target/tools/bin
 ln -sf "$S3S_FS" target/tools/bin/s3s-fs
 
-step "fsx"
-FSX=${FSX:-$(tool fsx 0.3.2 fsx)}
-export FSX
-
 if [ $# -eq 0 ]; then
     step "format"
     cargo fmt --check

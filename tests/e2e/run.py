@@ -4,7 +4,7 @@
     EMBASSYFS=target/release/embassyfs python3 tests/e2e/run.py [--list] [--keep] [--full] [CASE...]
 
 CASE is a case's name or the beginning of one (`real_input`, `real_input.s3`). Environment: EMBASSYFS (the program),
-S3S_FS (the S3 server; else scripts/s3.sh finds it), FSX (fsx; else it is built), E2E_DIR (where to work, target/e2e),
+S3S_FS (the S3 server; else scripts/s3.sh finds it), E2E_DIR (where to work, target/e2e),
 E2E_SEED (for what is drawn at random), E2E_FULL (1: the long form, as --full), E2E_BIG and E2E_BIG_S3 (size of the big
 file in MiB), E2E_MANY (small files), E2E_TAMPER (mutations).
 

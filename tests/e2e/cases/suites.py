@@ -68,11 +68,6 @@ copy_file_range = 5
 """
 
 
-def fsx_program():
-    """The path that scripts/test.sh gives, or the tool, built if need be."""
-    return os.environ.get("FSX") or tool("fsx", FSX_VERSION)
-
-
 def fsx_run(program, config, operations, seed, path, artifacts):
     """One run to its end. fsx compares each read with its own copy of the file."""
     done, took = timed(
@@ -102,7 +97,7 @@ def fsx_config(directory, kind, flen, lazy):
 
 def fsx(directory):
     """fsx follows from its seed alone, so the same run on the plain disk gives what the file must hold in the end."""
-    program = fsx_program()
+    program = tool("fsx", FSX_VERSION)
     for kind, flen in FSX_FILES.items():
         volume = new_volume(empty_dir(directory / kind))
         home = volume.mount("home", volume.directory / "state", options=["protection=local"])
