@@ -103,11 +103,17 @@ fn parse(words: Vec<OsString>) -> Result<Call, Failure> {
 fn remount(args: &MountArgs, words: &[String], fake: bool) -> Outcome {
     let place = args.mountpoint.as_deref().unwrap_or(Path::new("."));
     let mount = mounted::find(place)?;
-    let mut options = MountOptions::default();
+    let has = |name: &str| mount.entry.options.split(',').any(|option| option == name);
+    let mut options = MountOptions {
+        read_only: has("ro"),
+        suid: !has("nosuid"),
+        dev: !has("nodev"),
+        exec: !has("noexec"),
+        ..MountOptions::default()
+    };
     for word in words.iter().filter(|word| !word.contains('=') && *word != "remount") {
         let _ = options.apply_one(word); // no concern of the kernel's
     }
-    let has = |name: &str| mount.entry.options.split(',').any(|option| option == name);
     if !options.read_only && has("ro") && mount.status()?.role != "writer" {
         return Err(Failure::usage(format!("{} was mounted to read only", mount.path.display()))
             .hint("unmount it, and mount it with the writer's key"));
