@@ -104,13 +104,8 @@ fn remount(args: &MountArgs, words: &[String], fake: bool) -> Outcome {
     let place = args.mountpoint.as_deref().unwrap_or(Path::new("."));
     let mount = mounted::find(place)?;
     let has = |name: &str| mount.entry.options.split(',').any(|option| option == name);
-    let mut options = MountOptions {
-        read_only: has("ro"),
-        suid: !has("nosuid"),
-        dev: !has("nodev"),
-        exec: !has("noexec"),
-        ..MountOptions::default()
-    };
+    // What mount(8) does not name is to be off: it leaves a word out to take it back.
+    let mut options = MountOptions { suid: true, dev: true, ..MountOptions::default() };
     for word in words.iter().filter(|word| !word.contains('=') && *word != "remount") {
         let _ = options.apply_one(word); // no concern of the kernel's
     }
