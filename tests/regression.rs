@@ -5,7 +5,7 @@ mod common;
 
 use bytes::Bytes;
 use common::{ROOT_USER, World, content, create, node, noise};
-use embassyfs::fs::{SetAttr, XattrMode};
+use embassyfs::fs::{self, AclKind, Fs, SetAttr, XattrMode};
 use embassyfs::log::volume::Parameters;
 use embassyfs::replica::Version;
 use embassyfs::replica::durable::Protection;
@@ -18,6 +18,7 @@ use embassyfs::types::{CommitNo, Ino};
 use futures::future::BoxFuture;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -225,4 +226,102 @@ fn a_checkpoint_ends_that_needs_more_pages_than_the_caches_hold() {
         let _ = sender.send(());
     });
     assert!(receiver.recv_timeout(Duration::from_secs(60)).is_ok(), "the checkpoint does not end");
+}
+
+/// A writer at the size limit was woken by the commit that was under way when it was refused, not by the one with the
+/// removal that made room, and gave up.
+#[test]
+fn removed_room_is_room_at_once_beside_commits() {
+    let world = World::new(Parameters::default());
+    let options = OpenOptions { size_limit: Some(32 << 20), ..world.options("home") };
+    let home = Volume::open(options, world.runtime.handle()).unwrap();
+    let touched = create(&world, &home, Ino::ROOT, "touched", b"x");
+    let data = noise(1, 1 << 20);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let set = SetAttr { mode: Some(0o600), ..SetAttr::default() };
+                let _ = home.fs.setattr(touched, &set); // it may have to wait for room too; then not this time
+                home.fs.request_commit(home.fs.sync_point(), false);
+                std::thread::yield_now();
+            }
+        });
+        let mut rounds = || -> fs::Result<()> {
+            for round in 0..40 {
+                let name = format!("f{round}");
+                let file = create(&world, &home, Ino::ROOT, &name, b"");
+                for i in 0..20 {
+                    world.run(&home, |fs| fs.write(file, i << 20, &data, false))?;
+                }
+                world.run(&home, |fs| fs.unlink(Ino::ROOT, name.as_bytes()))?;
+            }
+            Ok(())
+        };
+        let done = rounds();
+        stop.store(true, Ordering::Relaxed);
+        done.unwrap();
+    });
+    home.close(Duration::from_secs(20));
+}
+
+/// The replaced file was freed before the whiteout's inode was made, which can want a page fetched: the file was gone
+/// though the rename had not happened.
+#[test]
+fn a_rename_that_has_to_wait_has_changed_nothing() {
+    let world = World::new(Parameters { page_size: 4 << 10, segment_size: 1 << 20, ..Parameters::default() });
+    let cold = || {
+        let options = OpenOptions { disk_cache: 0, frame_cache: 0, ..world.options("home") };
+        Volume::open(options, world.runtime.handle()).unwrap()
+    };
+    let home = cold();
+    let make = |fs: &Fs| fs.make(Ino::ROOT, b"dir", &node(FileType::Directory, 0o755), ROOT_USER);
+    let dir = world.run(&home, make).unwrap().ino;
+    let attribute = |ino, i: u64| {
+        let name = format!("trusted.{i:05}");
+        world.run(&home, |fs| fs.setxattr(ino, name.as_bytes(), &noise(i, 300), XattrMode::Any)).unwrap();
+    };
+    let content_of_target = noise(9, 70_000);
+    let target = create(&world, &home, dir, "target", &content_of_target);
+    create(&world, &home, dir, "moved", b"");
+    for i in 0..2000 {
+        create(&world, &home, dir, &format!("file{i}"), b"");
+        attribute(dir, i);
+        attribute(target, i);
+    }
+    let entry = |tag: u16, perm: u16, id: u32| {
+        [&tag.to_le_bytes()[..], &perm.to_le_bytes(), &id.to_le_bytes()].concat()
+    };
+    let none = u32::MAX;
+    let entries =
+        [entry(1, 7, none), entry(2, 7, 77), entry(4, 5, none), entry(16, 7, none), entry(32, 5, none)];
+    let acl = [2u32.to_le_bytes().to_vec(), entries.concat()].concat();
+    world.run(&home, |fs| fs.set_acl(dir, AclKind::Default, Some(&acl), |_| true)).unwrap();
+    home.close(Duration::from_secs(20));
+    drop(home);
+    let home = cold();
+    create(&world, &home, Ino::ROOT, "one more", b"");
+    home.close(Duration::from_secs(20));
+    drop(home);
+
+    let home = cold();
+    let inodes = home.fs.usage().inodes;
+    let mut waits = 0;
+    let renamed = loop {
+        let flags = libc::RENAME_WHITEOUT;
+        match home.fs.rename((dir, b"moved"), (dir, b"target"), flags, ROOT_USER) {
+            Err(e) if e.missing().is_some() => {
+                waits += 1;
+                assert_eq!(home.fs.usage().inodes, inodes, "after {waits} waits");
+                let now = world.run(&home, |fs| fs.read(target, 0, 70_000)).unwrap();
+                assert!(now == content_of_target, "the replaced file is gone after {waits} waits");
+                world.runtime.block_on(home.fetch(e.missing().unwrap())).unwrap();
+            }
+            other => break other,
+        }
+    };
+    renamed.unwrap();
+    assert!(waits > 1, "nothing was cold");
+    assert_eq!(home.fs.usage().inodes, inodes, "one came, one went");
+    home.close(Duration::from_secs(20));
 }

@@ -116,6 +116,10 @@ const FOREIGN: &[&str] = &[
     "silent",
     "nostrictatime",
     "nolazytime",
+    // What is so anyway.
+    "acl",
+    "user_xattr",
+    "nomand",
 ];
 const FOREIGN_PREFIXES: &[&str] = &["x-", "X-", "comment=", "uhelper=", "helper="];
 

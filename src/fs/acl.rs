@@ -81,7 +81,7 @@ struct Entry {
 
 /// A list that is valid: in order, owner, group and others once each, a mask where somebody is named.
 #[derive(Clone, PartialEq, Eq, Debug)]
-struct Acl(Vec<Entry>);
+pub(super) struct Acl(Vec<Entry>);
 
 impl Acl {
     /// The list in an attribute's value; `None` if it is no valid list.
@@ -209,7 +209,7 @@ impl Tx<'_> {
     }
 
     /// The list an inode has.
-    fn acl(&mut self, ino: Ino, kind: AclKind) -> Result<Option<Acl>> {
+    pub(super) fn acl(&mut self, ino: Ino, kind: AclKind) -> Result<Option<Acl>> {
         if self.inode(ino)?.flags & kind.flag() == 0 {
             return Ok(None);
         }

@@ -385,7 +385,7 @@ impl Committer {
         }
         let done = state.sealing.take();
         (state.sealing_bytes, state.sealing_growth) = (0, 0);
-        state.over_limit = false;
+        state.over_limit = state.over_limit.filter(|no| *no > self.committed);
         state.live_bytes = counters.live_bytes;
         let waiting = self.take_waiting(&mut state);
         drop(state);

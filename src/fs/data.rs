@@ -184,6 +184,11 @@ impl Fs {
         Ok(())
     }
 
+    /// False of a file that certainly has none.
+    pub fn may_have_holes(&self, ino: Ino) -> Result<bool> {
+        Ok(self.state.lock().inode(&*self.frames, ino)?.flags & SPARSE != 0)
+    }
+
     /// The next data or hole at or after `offset`; `ENXIO` past the end.
     pub fn seek(&self, ino: Ino, offset: u64, what: Seek) -> Result<u64> {
         let state = self.state.lock();
@@ -287,7 +292,7 @@ impl Tx<'_> {
         if self.st.changed_at.is_none() && self.st.sealing.is_none() {
             return os(libc::ENOSPC);
         }
-        self.st.over_limit = true;
+        self.st.over_limit = Some(self.st.newest_change());
         Err(Error::OverLimit)
     }
 

@@ -59,6 +59,8 @@ pub enum XattrMode {
     Create,
     /// It must be there (`XATTR_REPLACE`).
     Replace,
+    /// Both at once: never possible.
+    Neither,
 }
 
 impl Fs {
@@ -103,6 +105,10 @@ impl Fs {
         let old = tx.inode(ino)?.clone();
         let kept = set.size.unwrap_or(old.size).min(old.size);
         let bytes = self.allocated(&mut tx.st, ino, &old, kept)?;
+        // The last read, before the first effect.
+        if let Some(mode) = set.mode {
+            tx.chmod_acl(ino, mode)?;
+        }
         if let Some(size) = set.size {
             if size > old.size {
                 tx.want_room()?;
@@ -129,9 +135,6 @@ impl Fs {
             inode.mtime = mtime.unwrap_or(now);
         }
         inode.ctime = now;
-        if let Some(mode) = set.mode {
-            tx.chmod_acl(ino, mode)?;
-        }
         let inode = tx.inode(ino)?.clone();
         tx.apply();
         Ok(Attr { ino, inode, blocks: bytes.div_ceil(4096) * 8 })
@@ -219,8 +222,8 @@ impl Fs {
         let now = tx.now;
         let exists = tx.st.get(tx.frames(), &key::xattr(ino, name))?.is_some();
         match mode {
-            XattrMode::Create if exists => return os(libc::EEXIST),
-            XattrMode::Replace if !exists => return os(libc::ENODATA),
+            XattrMode::Create | XattrMode::Neither if exists => return os(libc::EEXIST),
+            XattrMode::Replace | XattrMode::Neither if !exists => return os(libc::ENODATA),
             _ => {}
         }
         let inode = tx.inode(ino)?;

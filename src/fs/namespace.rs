@@ -2,6 +2,7 @@
 //! Invariant: a directory's entry by name and its entry by id come and go together; an entry id is given out once
 //! per directory, so a readdir cookie stays valid over every change and restart.
 
+use super::acl::AclKind;
 use super::error::{Result, os};
 use super::inode::{Attr, dir_mut, new_inode};
 use super::state::{FIRST_ENTRY, Tx};
@@ -185,7 +186,11 @@ impl Fs {
         let mut tx = self.begin()?;
         let Some(source) = tx.entry(from.0, from.1)? else { return os(libc::ENOENT) };
         let target = tx.entry(to.0, to.1)?;
-        tx.inode(source.ino)?; // every read comes before the first effect
+        // Every read comes before the first effect.
+        tx.inode(source.ino)?;
+        if flags & libc::RENAME_WHITEOUT != 0 {
+            tx.acl(from.0, AclKind::Default)?;
+        }
         tx.check_no_cycle(&source, from.0, to.0)?;
         match target {
             None if exchange => return os(libc::ENOENT),

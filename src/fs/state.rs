@@ -96,8 +96,8 @@ pub(super) struct State {
     pub sealing_bytes: u64,
     /// As `growth`, of the generation that is being committed.
     pub sealing_growth: u64,
-    /// A change was refused for the volume's size, unless the next commit makes room.
-    pub over_limit: bool,
+    /// A change was refused for the volume's size, unless this commit makes room.
+    pub over_limit: Option<CommitNo>,
     /// Runs that have become whole records and can be sealed early.
     pub full: VecDeque<(Ino, u64)>,
     pub lookups: Lookups,
@@ -135,7 +135,7 @@ impl State {
             sealing: None,
             sealing_bytes: 0,
             sealing_growth: 0,
-            over_limit: false,
+            over_limit: None,
             full: VecDeque::new(),
             lookups: Lookups::default(),
             orphans: recovery.orphans.into_iter().collect(),
@@ -191,7 +191,7 @@ impl State {
         self.dirty_bytes + self.sealing_bytes < settings.dirty_max
             && self.active_weight < settings.memtable_max
             && self.memtable_weight() < MEMTABLES_MAX * settings.memtable_max
-            && !self.over_limit
+            && self.over_limit.is_none()
     }
 
     /// File bytes in use, at most.

@@ -172,6 +172,10 @@ pub fn remount(settings: &MountSettings) -> io::Result<()> {
 
 /// Lets the set-user-id helper mount; it hands the connection back over its standard input, which is a socket.
 fn mount_by_helper(settings: &MountSettings) -> io::Result<OwnedFd> {
+    if settings.suid || settings.dev {
+        let text = "only root may mount with the options 'suid' and 'dev'";
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+    }
     let (ours, theirs) = UnixStream::pair()?;
     ours.set_read_timeout(Some(HELPER_WAIT))?;
     let mut child = Command::new(helper_program())

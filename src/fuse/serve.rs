@@ -1,7 +1,7 @@
 //! Carrying a request to its reply: at once if it can be answered from here, else through the pool.
 //! Invariant: every request is answered exactly once, within a bound; what fails is logged with its operation.
 
-use crate::fs::{self, Fs, Strip};
+use crate::fs::{self, Fs, Seek, Strip};
 use crate::log;
 use crate::types::{CommitNo, FramePtr, Ino};
 use bytes::Bytes;
@@ -15,6 +15,8 @@ use tokio::sync::oneshot;
 /// An operation's result as the kernel takes it: a value or an errno.
 pub(super) type Served<T> = Result<T, i32>;
 
+/// The kernel's unit of caching, in bytes.
+const PAGE: u64 = 4096;
 /// How often an operation is tried again with more frames; each time at least one more is here.
 const FETCH_ROUNDS: usize = 4096;
 /// How long a writer waits for room before it gets an error.
@@ -41,7 +43,10 @@ pub trait Backend: Send + Sync {
 /// Size of the volume, in blocks of `block_size` bytes.
 pub struct StatFs {
     pub(super) blocks: u64,
+    /// Not used yet.
     pub(super) free: u64,
+    /// Of these, what can be written now.
+    pub(super) available: u64,
     pub(super) files: u64,
     pub(super) files_free: u64,
     pub(super) block_size: u32,
@@ -79,15 +84,22 @@ impl Requests {
         }
     }
 
-    /// Reads; what must come from the store brings what follows along.
+    /// Reads; what must come from the store brings what follows along. With `counts` it is an access.
     pub(super) fn read(
         self: &Arc<Self>,
         ino: Ino,
         offset: u64,
         len: usize,
+        counts: bool,
         reply: impl FnOnce(Served<Bytes>) + Send + 'static,
     ) {
-        let mut op = move |fs: &Fs| fs.read(ino, offset, len).inspect(|_| fs.accessed(ino));
+        let mut op = move |fs: &Fs| {
+            let bytes = fs.read(ino, offset, len)?;
+            if counts {
+                fs.accessed(ino);
+            }
+            Ok(bytes)
+        };
         if len >= POOL_READ {
             // A streaming reader has several of these under way: they are opened side by side.
             let this = self.clone();
@@ -150,6 +162,66 @@ impl Requests {
         }
     }
 
+    /// Looks for data or a hole. Pages that were changed through a mapping may still be with the kernel alone, and fill
+    /// what is a hole here: `write_back` has it write those of a stretch, given by offset and length.
+    pub(super) fn seek(
+        self: &Arc<Self>,
+        ino: Ino,
+        offset: u64,
+        what: Seek,
+        write_back: impl Fn(u64, u64) -> std::io::Result<()> + Send + 'static,
+        reply: impl FnOnce(Served<u64>) + Send + 'static,
+    ) {
+        if self.fs.settings.read_only || matches!(self.fs.may_have_holes(ino), Ok(false)) {
+            return self.serve("lseek", move |fs| fs.seek(ino, offset, what), move |_, result| reply(result));
+        }
+        let this = self.clone();
+        // Not on the dispatch thread: the kernel's writes come to it while this waits for them.
+        self.pool.spawn_blocking(move || reply(this.seek_written_back(ino, offset, what, write_back)));
+    }
+
+    fn seek_written_back(
+        &self,
+        ino: Ino,
+        offset: u64,
+        what: Seek,
+        write_back: impl Fn(u64, u64) -> std::io::Result<()>,
+    ) -> Served<u64> {
+        let mut cleaned = offset;
+        loop {
+            let mut op = move |fs: &Fs| fs.seek(ino, offset, what);
+            let found = match self.attempt("lseek", &mut op) {
+                Err(e) if wants_retry(&e) => self.pool.block_on(self.retry("lseek", op, e)),
+                result => result.map_err(|e| self.report("lseek", &e)),
+            };
+            // The hole that was passed, or that was found, must be one for the kernel too.
+            let suspect = match (what, &found) {
+                (Seek::Data, Ok(at)) => offset..*at,
+                (Seek::Data, Err(_)) => offset..u64::MAX,
+                (Seek::Hole, Ok(at)) => *at..at.saturating_add(PAGE),
+                (Seek::Hole, Err(_)) => return found,
+            };
+            if suspect.is_empty() || suspect.end <= cleaned {
+                return found;
+            }
+            let len = if suspect.end == u64::MAX { 0 } else { suspect.end - suspect.start };
+            if let Err(e) = write_back(suspect.start, len) {
+                ::log::warn!("lseek: the kernel does not write back inode {}: {e}", ino.0);
+                return found;
+            }
+            cleaned = suspect.end;
+        }
+    }
+
+    /// Bytes that a mapping left to the kernel could not be taken: nobody waits for the answer, so it is said here.
+    pub(super) fn mapped_write_failed(&self, ino: Ino, offset: u64, errno: i32) {
+        let why = std::io::Error::from_raw_os_error(errno);
+        let what =
+            format!("bytes at {offset} of inode {}, changed through a mapping, are lost: {why}", ino.0);
+        ::log::error!("{what}");
+        self.backend.failed(&what);
+    }
+
     /// Replies when everything written before is durable at the mount's protection level.
     pub(super) fn fsync(self: &Arc<Self>, reply: impl FnOnce(Served<()>) + Send + 'static) {
         if let Some(reason) = self.fs.failure() {
@@ -176,16 +248,14 @@ impl Requests {
         const BLOCK: u64 = 4096;
         let usage = self.fs.usage();
         let room = self.backend.free_bytes();
-        let free = match self.fs.settings.size_limit {
-            Some(limit) => limit.saturating_sub(usage.used).min(room),
-            None => room,
-        };
         let total = self.fs.settings.size_limit.unwrap_or(usage.used.saturating_add(room));
+        let free = total.saturating_sub(usage.used);
         // Inodes are never scarce; a large round number keeps tools that divide by it happy.
         let files_free = 1 << 40;
         StatFs {
             blocks: total / BLOCK,
             free: free / BLOCK,
+            available: free.min(room) / BLOCK,
             files: usage.inodes + files_free,
             files_free,
             block_size: BLOCK as u32,

@@ -16,7 +16,9 @@ pub(super) fn file_attr(attr: &Attr) -> FileAttr {
     FileAttr {
         ino: INodeNo(attr.ino.0),
         size: inode.size,
-        blocks: attr.blocks,
+        // A file of holes may have pages that were changed through a mapping and that only the kernel knows of; tar takes
+        // 0 blocks to mean that there is nothing to read.
+        blocks: attr.blocks.max(u64::from(inode.kind() == FileType::Regular && inode.size > 0)),
         atime: system_time(inode.atime),
         mtime: system_time(inode.mtime),
         ctime: system_time(inode.ctime),

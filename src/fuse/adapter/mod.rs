@@ -13,28 +13,27 @@ use crate::fs::{self, AclKind, Attr, CAPABILITY, Fs, NewNode, Seek, SetAttr, Str
 use crate::tree::value::FileType;
 use convert::{file_attr, kind_of};
 use fuser::{
-    BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
-    InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
-    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
-    ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
+    BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags,
+    IoctlFlags, KernelConfig, LockOwner, Notifier, OpenFlags, PollEvents, PollFlags, PollNotifier,
+    RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
+    ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request,
+    Session, SessionACL, TimeOrNow, WriteFlags,
 };
 use parking_lot::Mutex;
-use request::{OwnedNode, caller, in_group, ino, time_or_now, untrusted};
+use reply::{GENERATION, TTL, ttl};
+use request::{OwnedNode, caller, in_group, ino, leaves_atime, time_or_now, untrusted};
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
 
-/// Every change goes through the kernel that caches it, so names and attributes never grow old.
-pub(super) const TTL: Duration = Duration::from_secs(365 * 86_400);
 /// Entries taken from the file system at once for a readdir reply.
 const DIR_BATCH: usize = 256;
 /// Largest request, in bytes (the kernel's page limit allows no more).
 const REQUEST_MAX: u32 = 1 << 20;
-pub(super) const GENERATION: Generation = Generation(0);
 
 /// Dispatch threads: more than one only costs latency while requests are answered from memory.
 const DISPATCH_THREADS: usize = 1;
@@ -49,12 +48,10 @@ pub fn serve(
     let mut config = Config::default();
     config.n_threads = Some(DISPATCH_THREADS);
     let pace = Pace::start(fuse_fd.as_fd(), clock)?;
-    let session = Session::from_fd(
-        Adapter { requests, pace, stripped: Mutex::default() },
-        fuse_fd,
-        SessionACL::All,
-        config,
-    )?;
+    let kernel = Arc::new(OnceLock::new());
+    let adapter = Adapter { requests, pace, stripped: Mutex::default(), kernel: kernel.clone() };
+    let session = Session::from_fd(adapter, fuse_fd, SessionACL::All, config)?;
+    let _ = kernel.set(session.notifier()); // it was empty
     ready();
     session.run()
 }
@@ -65,6 +62,8 @@ struct Adapter {
     pace: Arc<Pace>,
     /// The inode that lost its capabilities last, and the process for which the kernel asked that.
     stripped: Mutex<(u64, u32)>,
+    /// The way to tell the kernel something; there once it has greeted.
+    kernel: Arc<OnceLock<Notifier>>,
 }
 
 impl Adapter {
@@ -101,7 +100,7 @@ impl Adapter {
         reply: ReplyAttr,
     ) {
         self.serve(what, op, move |_, result| match result {
-            Ok(attr) => reply.attr(&TTL, &file_attr(&attr)),
+            Ok(attr) => reply.attr(&ttl(&attr), &file_attr(&attr)),
             Err(e) => reply.error(Errno::from_i32(e)),
         });
     }
@@ -115,7 +114,7 @@ impl Adapter {
         self.serve(what, op, move |fs, result| match result {
             Ok(attr) => {
                 fs.looked_up(attr.ino);
-                reply.entry(&TTL, &file_attr(&attr), GENERATION);
+                reply.entry(&ttl(&attr), &file_attr(&attr), GENERATION);
             }
             Err(e) => reply.error(Errno::from_i32(e)),
         });
@@ -128,11 +127,11 @@ impl Adapter {
 
     /// Handles carry no state: the kernel need not ask before it opens. Unless access times are counted: then what is
     /// cached is dropped when the next read has to be seen.
-    fn open_as(&self, n: INodeNo, cached: FopenFlags, reply: ReplyOpen) {
+    fn open_as(&self, n: INodeNo, flags: OpenFlags, cached: FopenFlags, reply: ReplyOpen) {
         if !self.requests.counts_access() {
             return reply.error(Errno::from_i32(libc::ENOSYS));
         }
-        let due = move |fs: &Fs| fs.access_is_due(ino(n));
+        let due = move |fs: &Fs| Ok(!leaves_atime(flags) && fs.access_is_due(ino(n))?);
         self.serve("open", due, move |_, due| match due {
             Ok(true) => reply.opened(FileHandle(0), cached & !FopenFlags::FOPEN_KEEP_CACHE),
             Ok(false) => reply.opened(FileHandle(0), cached),
@@ -152,8 +151,7 @@ impl Filesystem for Adapter {
             InitFlags::FUSE_EXPLICIT_INVAL_DATA,
             InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
             InitFlags::FUSE_HANDLE_KILLPRIV_V2,
-            // The first has the kernel ask for access lists and heed them, the second leaves the umask to whoever
-            // knows whether there is one to inherit.
+            // The kernel heeds access lists, and leaves the umask to who knows whether there is one to inherit.
             InitFlags::FUSE_POSIX_ACL,
             InitFlags::FUSE_DONT_MASK,
         ];
@@ -178,7 +176,7 @@ impl Filesystem for Adapter {
             move |fs, result| match result {
                 Ok(attr) => {
                     fs.looked_up(attr.ino);
-                    reply.entry(&TTL, &file_attr(&attr), GENERATION);
+                    reply.entry(&ttl(&attr), &file_attr(&attr), GENERATION);
                 }
                 // Inode 0 lets the kernel remember that there is no such name.
                 Err(libc::ENOENT) => reply.entry(&TTL, &convert::negative(), GENERATION),
@@ -306,12 +304,12 @@ impl Filesystem for Adapter {
         self.serve_entry("link", move |fs| fs.link(ino(n), ino(newparent), &newname), reply);
     }
 
-    fn open(&self, _req: &Request, n: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        self.open_as(n, FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH, reply);
+    fn open(&self, _req: &Request, n: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        self.open_as(n, flags, FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH, reply);
     }
 
-    fn opendir(&self, _req: &Request, n: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        self.open_as(n, FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR, reply);
+    fn opendir(&self, _req: &Request, n: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        self.open_as(n, flags, FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR, reply);
     }
 
     // Errors are reported by the write itself; there is nothing left to say at close.
@@ -340,7 +338,7 @@ impl Filesystem for Adapter {
                 Ok(attr) => {
                     fs.looked_up(attr.ino);
                     let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH;
-                    reply.created(&TTL, &file_attr(&attr), GENERATION, FileHandle(0), flags);
+                    reply.created(&ttl(&attr), &file_attr(&attr), GENERATION, FileHandle(0), flags);
                 }
                 Err(e) => reply.error(Errno::from_i32(e)),
             },
@@ -354,12 +352,13 @@ impl Filesystem for Adapter {
         _fh: FileHandle,
         offset: u64,
         size: u32,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
         self.paced(size as usize);
-        self.requests.read(ino(n), offset, size as usize, move |result| match result {
+        let counts = !leaves_atime(flags);
+        self.requests.read(ino(n), offset, size as usize, counts, move |result| match result {
             Ok(bytes) => reply.data(&bytes),
             Err(e) => reply.error(Errno::from_i32(e)),
         });
@@ -385,9 +384,15 @@ impl Filesystem for Adapter {
             Strip::Capability
         };
         self.paced(data.len());
+        let requests = self.requests.clone();
         self.requests.write(ino(n), offset, data, strip, move |result| match result {
             Ok(written) => reply.written(written as u32),
-            Err(e) => reply.error(Errno::from_i32(e)),
+            Err(e) => {
+                if strip == Strip::Nothing {
+                    requests.mapped_write_failed(ino(n), offset, e);
+                }
+                reply.error(Errno::from_i32(e));
+            }
         });
     }
 
@@ -430,7 +435,7 @@ impl Filesystem for Adapter {
         reply.statfs(
             s.blocks,
             s.free,
-            s.free,
+            s.available,
             s.files,
             s.files_free,
             s.block_size,
@@ -456,6 +461,7 @@ impl Filesystem for Adapter {
             return self.serve_empty("setxattr", set, reply);
         }
         let mode = match flags {
+            3 => XattrMode::Neither, // both of these
             libc::XATTR_CREATE => XattrMode::Create,
             libc::XATTR_REPLACE => XattrMode::Replace,
             _ => XattrMode::Any,
@@ -506,6 +512,20 @@ impl Filesystem for Adapter {
         reply.error(Errno::from_i32(libc::ENOTTY));
     }
 
+    // Files are always ready; the kernel need not ask.
+    fn poll(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _ph: PollNotifier,
+        _events: PollEvents,
+        _flags: PollFlags,
+        reply: ReplyPoll,
+    ) {
+        reply.error(Errno::from_i32(libc::ENOSYS));
+    }
+
     fn fallocate(
         &self,
         req: &Request,
@@ -537,14 +557,16 @@ impl Filesystem for Adapter {
         let Ok(offset) = u64::try_from(offset) else {
             return reply.error(Errno::from_i32(libc::ENXIO));
         };
-        self.serve(
-            "lseek",
-            move |fs| fs.seek(ino(n), offset, what),
-            move |_, result| match result {
-                Ok(at) => reply.offset(at as i64),
-                Err(e) => reply.error(Errno::from_i32(e)),
-            },
-        );
+        let kernel = self.kernel.clone();
+        let write_back = move |at: u64, len: u64| {
+            let range = (i64::try_from(at).unwrap_or(i64::MAX), i64::try_from(len).unwrap_or(i64::MAX));
+            kernel.get().map_or(Ok(()), |kernel| kernel.inval_inode(n, range.0, range.1))
+        };
+        self.pace.small();
+        self.requests.seek(ino(n), offset, what, write_back, move |result| match result {
+            Ok(at) => reply.offset(at as i64),
+            Err(e) => reply.error(Errno::from_i32(e)),
+        });
     }
 
     fn copy_file_range(
@@ -563,7 +585,12 @@ impl Filesystem for Adapter {
         let kill = req.uid() != 0;
         self.serve(
             "copy_file_range",
-            move |fs| fs.copy_range((ino(ino_in), offset_in), (ino(ino_out), offset_out), len, kill),
+            move |fs| {
+                let copied =
+                    fs.copy_range((ino(ino_in), offset_in), (ino(ino_out), offset_out), len, kill)?;
+                fs.accessed(ino(ino_in));
+                Ok(copied)
+            },
             move |_, result| match result {
                 Ok(copied) => reply.written(copied as u32),
                 Err(e) => reply.error(Errno::from_i32(e)),

@@ -1,13 +1,28 @@
-//! The replies that are more than a value or an errno: names of a directory, extended attributes.
+//! The replies that are more than a value or an errno, and how long the kernel may keep what it is told.
 //! Invariant: an entry is counted as known to the kernel exactly if the reply has taken it in.
 
 use super::convert::{file_attr, fuse_kind};
-use super::{GENERATION, TTL};
 use crate::fs::{Attr, DirItem, Fs};
 use crate::fuse::serve::Served;
-use fuser::{Errno, INodeNo, ReplyDirectory, ReplyDirectoryPlus, ReplyXattr};
+use crate::tree::value::FileType;
+use fuser::{Errno, Generation, INodeNo, ReplyDirectory, ReplyDirectoryPlus, ReplyXattr};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
+use std::time::Duration;
+
+/// Every change goes through the kernel that caches it, so names and attributes never grow old.
+pub(super) const TTL: Duration = Duration::from_secs(365 * 86_400);
+
+/// How long the kernel may keep attributes. It clears set-id bits on a write by asking us to, and keeps the mode it had:
+/// a program that a stranger has just overwritten would run as its owner. So it asks for these each time.
+pub(super) fn ttl(attr: &Attr) -> Duration {
+    let set_id =
+        attr.inode.kind() == FileType::Regular && attr.inode.mode & (libc::S_ISUID | libc::S_ISGID) != 0;
+    if set_id { Duration::ZERO } else { TTL }
+}
+
+/// Inode numbers are never used twice.
+pub(super) const GENERATION: Generation = Generation(0);
 
 /// Replies with as many entries as fit.
 pub(super) fn entries(mut reply: ReplyDirectory, result: Served<Vec<DirItem>>) {
@@ -33,7 +48,7 @@ pub(super) fn entries_plus(fs: &Fs, mut reply: ReplyDirectoryPlus, result: Serve
     for (item, attr) in items {
         let name = OsStr::from_bytes(&item.name);
         let ino = INodeNo(item.ino.0);
-        if reply.add(ino, item.cookie, name, &TTL, &file_attr(&attr), GENERATION) {
+        if reply.add(ino, item.cookie, name, &ttl(&attr), &file_attr(&attr), GENERATION) {
             break;
         }
         // These two the kernel does not count.

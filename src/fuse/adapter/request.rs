@@ -5,7 +5,7 @@ use super::convert::timestamp;
 use crate::fs::{Caller, NewNode};
 use crate::tree::value::FileType;
 use crate::types::{Ino, Timestamp};
-use fuser::{INodeNo, Request, TimeOrNow};
+use fuser::{INodeNo, OpenFlags, Request, TimeOrNow};
 
 /// A [`NewNode`] that can wait for its turn.
 pub(super) struct OwnedNode {
@@ -61,4 +61,9 @@ pub(super) fn time_or_now(time: TimeOrNow) -> Option<Timestamp> {
         TimeOrNow::SpecificTime(t) => Some(timestamp(t)),
         TimeOrNow::Now => None,
     }
+}
+
+/// Opened so that reading does not change the access time (open(2), `O_NOATIME`).
+pub(super) fn leaves_atime(flags: OpenFlags) -> bool {
+    flags.0 & libc::O_NOATIME != 0
 }

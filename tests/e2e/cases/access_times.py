@@ -45,6 +45,12 @@ def relatime(point):
     os.utime(file, ns=(atime(file) + DAY, 0))
     check(not moves(file, content), "a time that is newer than the last change stays")
 
+    with open(file, "ab") as out:
+        out.write(b"again")
+    fd = os.open(file, os.O_RDONLY | os.O_NOATIME)
+    check(not moves(file, lambda _: os.read(fd, 10)), "reading with O_NOATIME does not")
+    os.close(fd)
+
     directory.mkdir()
     for name in ("a", "b"):
         (directory / name).touch()

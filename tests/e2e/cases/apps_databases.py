@@ -162,7 +162,8 @@ WRITER = """
 import os, sqlite3, sys, time
 path, writer, log = sys.argv[1:]
 base = sqlite3.connect(path, timeout=60, isolation_level=None)
-base.execute("pragma synchronous=full")
+# With a rollback journal "full" leaves the removal of the journal, which is the commit, to the next fsync.
+base.execute("pragma synchronous=extra")
 base.execute("pragma wal_autocheckpoint=40")
 base.execute("pragma cache_size=20")
 outside = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)

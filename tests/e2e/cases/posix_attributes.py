@@ -42,6 +42,9 @@ def extended(place):
     create = lambda: os.setxattr(path, "user.large", b"", os.XATTR_CREATE)  # noqa: E731
     ends_with(errno.EEXIST, "to create what is there", create)
     check(os.getxattr(path, "user.large") == large, "and it is as it was")
+    for name, code in (("user.none", errno.ENODATA), ("user.large", errno.EEXIST)):
+        both = lambda n=name: os.setxattr(path, n, b"", os.XATTR_CREATE | os.XATTR_REPLACE)  # noqa: E731
+        ends_with(code, f"to create and to replace {name}", both)
     os.setxattr(path, "user.large", b"short", os.XATTR_REPLACE)
     check(os.getxattr(path, "user.large") == b"short", "a shorter value replaces it")
     long = "user." + "n" * 250
@@ -222,6 +225,20 @@ def beside_ext4(plain, home):
         moved = sum(1 for key in want if want[key][1] != key[1])
         told = "\n      ".join(["", *wrong[:60]])
         check(not wrong, f"{claim}: {len(want)} changes ({moved} of them change the mode) as on the plain disk", told)
+
+
+def overwritten(home):
+    """A program with a set-user-id bit that a stranger overwrites runs as the stranger: nothing looks at it between."""
+    path = home / "program"
+    for mode, change in ((0o4775, "1<>"), (0o6777, ">>")):
+        path.write_bytes(b"")
+        os.chown(path, 0, BOB)
+        os.chmod(path, mode)
+        os.stat(path)  # the kernel knows the mode
+        script = f'cat "$(command -v id)" {change} "{path}"; "{path}" -u'
+        done = run("setpriv", f"--reuid={BOB}", f"--regid={BOB}", "--clear-groups", "sh", "-c", script)
+        check(done.stdout.strip() == str(BOB), f"what replaces a program of mode {mode:o} does not run as its owner")
+        os.unlink(path)
 
 
 def capability(home):
@@ -433,6 +450,7 @@ def main(directory):
     home = volume.mount("home", directory / "state", options=OPTIONS)
     looks = [extended(home.point / "extended")]
     capability(home.point)
+    overwritten(home.point)
     beside_ext4(plain, home.point)
     looks.append(special(volume, home.point / "special"))
     want, got = marks_of_change(plain / "marks"), marks_of_change(home.point / "marks")
