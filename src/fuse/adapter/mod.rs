@@ -585,12 +585,7 @@ impl Filesystem for Adapter {
         let kill = req.uid() != 0;
         self.serve(
             "copy_file_range",
-            move |fs| {
-                let copied =
-                    fs.copy_range((ino(ino_in), offset_in), (ino(ino_out), offset_out), len, kill)?;
-                fs.accessed(ino(ino_in));
-                Ok(copied)
-            },
+            move |fs| fs.copy_range((ino(ino_in), offset_in), (ino(ino_out), offset_out), len, kill),
             move |_, result| match result {
                 Ok(copied) => reply.written(copied as u32),
                 Err(e) => reply.error(Errno::from_i32(e)),
