@@ -247,7 +247,7 @@ fn removed_room_is_room_at_once_beside_commits() {
                 std::thread::yield_now();
             }
         });
-        let mut rounds = || -> fs::Result<()> {
+        let rounds = || -> fs::Result<()> {
             for round in 0..40 {
                 let name = format!("f{round}");
                 let file = create(&world, &home, Ino::ROOT, &name, b"");
