@@ -27,7 +27,7 @@ sys.dont_write_bytecode = True  # nothing is left in the checkout but target/
 
 import databases  # noqa: E402
 import harness  # noqa: E402
-from harness import MIB, run, timed, wait_until  # noqa: E402
+from harness import MIB, drop_caches, run, timed, wait_until  # noqa: E402
 
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "3"))
 FILES = int(os.environ.get("BENCH_FILES", "10000"))
@@ -54,11 +54,6 @@ MEASURES = {
     "mount": ("s", False, None),
     "peak resident memory": ("MiB", False, None),
 }
-
-
-def drop_caches():
-    run("sync", limit=300)
-    Path("/proc/sys/vm/drop_caches").write_text("3\n")
 
 
 def peak_memory(pid):
@@ -339,13 +334,18 @@ def main():
     print(f"\n{facts['cpu']}, {facts['cores']} cores, Linux {facts['kernel']}; medians of {ROUNDS} rounds\n\n{text}")
 
 
-if __name__ == "__main__":
+def run_and_clean(name, measure):
+    """Measures, and leaves neither mounts nor processes nor data."""
     tag = uuid.uuid4().hex
     os.environ[harness.RUN_TAG] = tag
     try:
-        main()
+        measure()
     except harness.Failed as failure:
-        sys.exit(f"bench: {failure}")
+        sys.exit(f"{name}: {failure}")
     finally:
         harness.clean_up(WORK, tag)
         shutil.rmtree(WORK, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    run_and_clean("bench", main)

@@ -7,10 +7,8 @@ Environment: WALK_FILES (1000000), WALK_PER_DIRECTORY (1000), WALK_ROUNDS (3).
 
 import json
 import os
-import shutil
 import statistics
 import sys
-import uuid
 from pathlib import Path
 
 sys.dont_write_bytecode = True  # nothing is left in the checkout but target/
@@ -70,12 +68,12 @@ def main():
     home.umount(limit=600)
     rows = {}
     for _ in range(ROUNDS):
-        bench.drop_caches()
+        harness.drop_caches()
         home = volume.mount("home", state, options=options)
         rows.setdefault("home, cold (after a remount)", []).append(walk(home))
         rows.setdefault("home, warm", []).append(walk(home))
         home.umount(limit=600)
-        bench.drop_caches()
+        harness.drop_caches()
         embassy = volume.embassy()
         rows.setdefault("embassy, cold (empty state directory)", []).append(walk(embassy))
         rows.setdefault("embassy, warm", []).append(walk(embassy))
@@ -88,12 +86,4 @@ def main():
 
 
 if __name__ == "__main__":
-    tag = uuid.uuid4().hex
-    os.environ[harness.RUN_TAG] = tag
-    try:
-        main()
-    except harness.Failed as failure:
-        sys.exit(f"walk: {failure}")
-    finally:
-        harness.clean_up(WORK, tag)
-        shutil.rmtree(WORK, ignore_errors=True)
+    bench.run_and_clean("walk", main)

@@ -135,7 +135,7 @@ impl Fs {
             inode.mtime = mtime.unwrap_or(now);
         }
         inode.ctime = now;
-        let inode = tx.inode(ino)?.clone();
+        let inode = inode.clone();
         tx.apply();
         Ok(Attr { ino, inode, blocks: bytes.div_ceil(4096) * 8 })
     }

@@ -123,6 +123,12 @@ def empty_dir(path):
     return path
 
 
+def drop_caches():
+    """Nothing of any file stays in the kernel's memory."""
+    run("sync", limit=300)
+    Path("/proc/sys/vm/drop_caches").write_text("3\n")
+
+
 def timed(call):
     """The result of `call()` and how long it took, in seconds."""
     begin = time.monotonic()

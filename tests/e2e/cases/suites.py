@@ -8,18 +8,11 @@ import filecmp
 import os
 import re
 import shutil
-from pathlib import Path
 
 import trees
-from harness import FULL, MIB, Failed, Volume, check, check_same, empty_dir, run, say, timed, tool
+from harness import FULL, MIB, Failed, Volume, check, check_same, drop_caches, empty_dir, run, say, timed, tool
 
 SEED = int(os.environ.get("E2E_SEED", "1"))
-
-
-def drop_caches():
-    """Nothing of any file stays in the kernel's memory."""
-    run("sync", limit=300)
-    Path("/proc/sys/vm/drop_caches").write_text("3\n")
 
 
 def new_volume(directory):
