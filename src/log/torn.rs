@@ -13,10 +13,9 @@ use super::statedir::StateDir;
 use super::{ClosedSegment, Error, Result};
 use crate::clock::Env;
 use crate::crypto::{Hasher, hash};
+use crate::disk::Mode;
 use crate::types::{CommitNo, Epoch, FrameKind, FramePtr, Head, Seq};
 use bytes::Bytes;
-use std::fs::OpenOptions;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 /// So many zero bytes in a row do not occur in sealed frames; where they do, the disk never got the bytes.
@@ -58,7 +57,8 @@ impl Torn {
         let Some(header) = self.header else {
             // Moved aside first: a half removed file must not be taken for a segment.
             let aside = path.with_extension("void");
-            std::fs::rename(&path, &aside).and_then(|()| std::fs::remove_file(&aside)).map_err(wrap)?;
+            let disk = dir.disk();
+            disk.rename(&path, &aside).and_then(|()| disk.remove(&aside)).map_err(wrap)?;
             dir.sync_dir("log")?;
             return Ok(None);
         };
@@ -68,14 +68,14 @@ impl Torn {
         let end = self.end as u64;
         let ending = Ending { ctx, prev, last_commit, stored: Seq(0) };
         let closing = ending.bytes(header, &self.index, hasher, end, 0, env.random_bytes())?;
-        let file = OpenOptions::new().write(true).open(&path).map_err(wrap)?;
+        let file = dir.disk().open(&path, Mode::Write).map_err(wrap)?;
         file.set_len(end)
-            .and_then(|()| file.write_all_at(&closing.bytes, end))
-            .and_then(|()| file.sync_all())
+            .and_then(|()| file.write_all_at(&closing.bytes, end).map_err(|(_, e)| e))
+            .and_then(|()| file.sync())
             .map_err(wrap)?;
         dir.sync_dir("log")?;
         let len = end + closing.bytes.len() as u64;
-        Ok(Some(ClosedSegment { path, len, head: closing.head, last_commit, stored: Seq(0) }))
+        Ok(Some(ClosedSegment { file: dir.file(path), len, head: closing.head, last_commit, stored: Seq(0) }))
     }
 }
 

@@ -3,9 +3,10 @@
 //! store before anybody is told otherwise.
 
 use super::durable::{Durable, Position, Protection, WaitError};
+use super::io::Io;
 use super::opening::{self, Opened, Version};
 use super::uploader::{Upload, Uploader};
-use crate::clock::Env;
+use crate::clock::{Env, Thread};
 use crate::crypto::keyfile::{KeyFile, Role as KeyRole};
 use crate::fs::{Caller, CheckpointOutcome, Checkpointer, Committer, Fs, Settings, Shipping};
 use crate::log::reader::{FrameReader, ReaderLimits};
@@ -24,7 +25,6 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
-use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::runtime::Handle;
 
@@ -88,24 +88,29 @@ pub struct Volume {
     /// Version shown, for a reader.
     pub opened: Option<(CommitNo, Timestamp)>,
     reader: Arc<FrameReader>,
-    runtime: Handle,
+    runtime: Io,
     /// What only a writer has.
     home: Option<Home>,
 }
 
 struct Home {
     shipper: Arc<Shipper>,
-    committer: Mutex<Option<JoinHandle<()>>>,
+    committer: Mutex<Option<Box<dyn Thread>>>,
 }
 
 impl Volume {
     /// Opens a volume: recovery, then the threads of a writer. Blocks; not to be called on the runtime.
     pub fn open(options: OpenOptions, runtime: &Handle) -> Result<Volume> {
+        Volume::open_on(options, &Io::on(runtime))
+    }
+
+    /// [`Volume::open`] on a runtime that may have to be driven.
+    pub fn open_on(options: OpenOptions, runtime: &Io) -> Result<Volume> {
         options
             .key
             .require(if options.read_only { KeyRole::Reader } else { KeyRole::Writer })
             .map_err(|e| Error::Refused(e.to_string()))?;
-        let dir = Arc::new(StateDir::open(&options.state)?);
+        let dir = Arc::new(StateDir::open_on(options.env.disk.clone(), &options.state)?);
         let store = options.store.clone();
         let role = if options.read_only { Role::Reader } else { Role::Writer };
         let reached = runtime.block_on(opening::reach(&*store, &dir, role))?;
@@ -193,7 +198,7 @@ impl Volume {
         let Some(committer) = home.committer.lock().take() else { return };
         home.shipper.closing.store(true, Ordering::Release);
         self.fs.stop_commits();
-        if committer.join().is_err() {
+        if !committer.join() {
             ::log::error!("the committer ended in a panic; what was not committed is lost");
         }
         let shipper = &home.shipper;
@@ -231,7 +236,7 @@ struct Parts<'a> {
     dir: &'a Arc<StateDir>,
     ctx: Arc<VolumeContext>,
     reader: &'a Arc<FrameReader>,
-    runtime: &'a Handle,
+    runtime: &'a Io,
     settings: Settings,
 }
 
@@ -265,7 +270,7 @@ impl Parts<'_> {
             Position { local: last_commit, remote, remote_head: sent.last().map(|segment| segment.head) };
         let (protection, sync_timeout) = (self.options.protection, self.options.sync_timeout);
         let durable = Arc::new(Durable::new(protection, sync_timeout, env.clone(), at));
-        durable.start_ticker(self.runtime);
+        durable.start_ticker(self.runtime.handle());
         let replay_seq = opened.replay_seq;
         let times = Times { newest: opened.time, remote: opened.time, recent: Default::default() };
         let shipper = Arc::new(Shipper {
@@ -288,6 +293,7 @@ impl Parts<'_> {
         if let Some((name, body, after)) = checkpoint {
             shipper.push(Upload::Checkpoint { name, body, after });
         }
+        let threads = env.threads.clone();
         let fs = Arc::new(Fs::new(self.settings, env, self.reader.clone(), opened.recovery));
         watch_space(&fs, self.dir, self.runtime, self.options.dirty_max);
         let _ = shipper.fs.set(Arc::downgrade(&fs)); // set once, here
@@ -299,9 +305,8 @@ impl Parts<'_> {
         }));
         let checkpointer = Checkpointer::new(fs.clone(), log.clone(), shipper.clone(), replay_seq);
         let committer = Committer::new(fs.clone(), log, shipper.clone(), checkpointer, last_commit);
-        let thread = std::thread::Builder::new()
-            .name("committer".into())
-            .spawn(move || committer.run())
+        let thread = threads
+            .spawn("committer", Box::new(move || committer.run()))
             .map_err(Error::io("start the committer's thread"))?;
         fs.orphans().into_iter().for_each(|ino| free_orphan(&fs, ino, self.reader, self.runtime));
         Ok((fs, Some(Home { shipper, committer: Mutex::new(Some(thread)) })))
@@ -331,7 +336,7 @@ async fn orphans(opened: &Opened, reader: &FrameReader) -> Result<Vec<Ino>> {
 
 /// Frees an inode that was unlinked but open when home went down. If it cannot be freed now, it stays an orphan, and
 /// the next mount tries again.
-fn free_orphan(fs: &Fs, ino: Ino, reader: &FrameReader, runtime: &Handle) {
+fn free_orphan(fs: &Fs, ino: Ino, reader: &FrameReader, runtime: &Io) {
     loop {
         let error = match fs.release_orphan(ino) {
             Ok(()) => return,
@@ -369,7 +374,7 @@ async fn split_sent(store: Option<&dyn Store>, opened: &Opened) -> (Vec<ClosedSe
 }
 
 /// Keeps the file system told whether the spool's disk has room for what memory may still hold.
-fn watch_space(fs: &Arc<Fs>, dir: &Arc<StateDir>, runtime: &Handle, dirty_max: u64) {
+fn watch_space(fs: &Arc<Fs>, dir: &Arc<StateDir>, runtime: &Io, dirty_max: u64) {
     let (fs, dir) = (Arc::downgrade(fs), Arc::downgrade(dir)); // the task must not keep the volume open
     let reserve = 2 * dirty_max + (64 << 20);
     runtime.spawn(async move {
@@ -397,7 +402,7 @@ pub(super) struct Shipper {
     dir: Arc<StateDir>,
     ctx: Arc<VolumeContext>,
     env: Env,
-    runtime: Handle,
+    runtime: Io,
     reader: Arc<FrameReader>,
     durable: Arc<Durable>,
     uploader: Mutex<Option<Uploader>>,
@@ -423,7 +428,7 @@ impl Shipper {
         let this = Arc::downgrade(self);
         let busy = Box::new(move || this.upgrade().is_some_and(|this| this.busy()));
         let uploader = Uploader::start(
-            self.runtime.clone(),
+            self.runtime.handle().clone(),
             store,
             self.durable.clone(),
             self.env.clone(),
@@ -495,8 +500,7 @@ impl Shipper {
         let mut names = self.dir.checkpoints()?;
         names.sort();
         for name in names.iter().skip(LOCAL_CHECKPOINTS) {
-            let path = self.dir.root().join("checkpoint").join(name.trim_start_matches("checkpoint/"));
-            std::fs::remove_file(&path).map_err(Error::io(format!("remove {}", path.display())))?;
+            self.dir.remove(name)?;
         }
         Ok(())
     }
@@ -540,6 +544,7 @@ impl Shipping for Shipper {
             return false;
         }
         self.runtime.block_on(tokio::time::sleep(PAUSE));
+        self.env.threads.turn();
         true
     }
 

@@ -85,7 +85,7 @@ impl Host {
     }
 
     fn options(&self, state: &str) -> OpenOptions {
-        let env = Env { clock: self.clock.clone(), random: Env::system().random };
+        let env = Env { clock: self.clock.clone(), ..Env::system() };
         OpenOptions {
             env,
             store: self.link.clone(),
