@@ -8,7 +8,7 @@ use super::opening::{self, Opened, Version};
 use super::uploader::{Upload, Uploader};
 use crate::clock::{Env, Thread};
 use crate::crypto::keyfile::{KeyFile, Role as KeyRole};
-use crate::fs::{Caller, CheckpointOutcome, Checkpointer, Committer, Fs, Settings, Shipping};
+use crate::fs::{CheckpointOutcome, Checkpointer, Committer, Fs, Settings, Shipping};
 use crate::log::reader::{FrameReader, ReaderLimits};
 use crate::log::recovery::Role;
 use crate::log::segment::VolumeContext;
@@ -53,8 +53,6 @@ pub struct OpenOptions {
     pub env: Env,
     /// Which version; a writer opens the newest.
     pub version: Version,
-    /// Refuse every change.
-    pub read_only: bool,
     /// What fsync waits for.
     pub protection: Protection,
     /// How long fsync waits for the store.
@@ -63,16 +61,10 @@ pub struct OpenOptions {
     pub disk_cache: u64,
     /// Bound on opened frames in memory, in bytes.
     pub frame_cache: usize,
-    /// Unwritten file bytes at which writers wait.
-    pub dirty_max: u64,
     /// Segments uploaded at once.
     pub uploads: usize,
-    /// Size the volume may reach, in bytes.
-    pub size_limit: Option<u64>,
-    /// Reading changes access times, see [`Settings::relatime`].
-    pub relatime: bool,
-    /// Owner of the root directory, when this is the first to open the volume.
-    pub root_owner: Caller,
+    /// How the file system behaves. The sizes of records, pages and segments are the volume's, whatever is said here.
+    pub settings: Settings,
 }
 
 /// An open volume.
@@ -108,11 +100,11 @@ impl Volume {
     pub fn open_on(options: OpenOptions, runtime: &Io) -> Result<Volume> {
         options
             .key
-            .require(if options.read_only { KeyRole::Reader } else { KeyRole::Writer })
+            .require(if options.settings.read_only { KeyRole::Reader } else { KeyRole::Writer })
             .map_err(|e| Error::Refused(e.to_string()))?;
         let dir = Arc::new(StateDir::open_on(options.env.disk.clone(), &options.state)?);
         let store = options.store.clone();
-        let role = if options.read_only { Role::Reader } else { Role::Writer };
+        let role = if options.settings.read_only { Role::Reader } else { Role::Writer };
         let reached = runtime.block_on(opening::reach(&*store, &dir, role))?;
         let (superblock, to_pin) = runtime.block_on(opening::superblock(reached, &dir, &options.key))?;
         let ctx = Arc::new(context(&options.key, &superblock)?);
@@ -133,17 +125,13 @@ impl Volume {
             record_size: u64::from(superblock.parameters.record_size),
             page_size: superblock.parameters.page_size as usize,
             segment_size: u64::from(superblock.parameters.segment_size),
-            dirty_max: options.dirty_max,
-            size_limit: options.size_limit,
-            read_only: options.read_only,
-            relatime: options.relatime,
-            root_owner: options.root_owner,
-            ..Settings::default()
+            ..options.settings
         };
         let shown = opened.time.map(|time| (opened.recovery.last_commit, time));
         let parts =
             Parts { options: &options, store: reached, dir: &dir, ctx, reader: &reader, runtime, settings };
-        let (fs, home) = if options.read_only { parts.reader(opened) } else { parts.writer(opened)? };
+        let (fs, home) =
+            if options.settings.read_only { parts.reader(opened) } else { parts.writer(opened)? };
         let runtime = runtime.clone();
         Ok(Volume { fs, superblock, dir, store, opened: shown, reader, runtime, home })
     }
@@ -295,7 +283,7 @@ impl Parts<'_> {
         }
         let threads = env.threads.clone();
         let fs = Arc::new(Fs::new(self.settings, env, self.reader.clone(), opened.recovery));
-        watch_space(&fs, self.dir, self.runtime, self.options.dirty_max);
+        watch_space(&fs, self.dir, self.runtime, self.options.settings.dirty_max);
         let _ = shipper.fs.set(Arc::downgrade(&fs)); // set once, here
         let latched = Arc::downgrade(&fs);
         durable.on_fence(Box::new(move |reason| {

@@ -4,7 +4,7 @@
 
 use super::common::World;
 use embassyfs::clock::{Clock, Env};
-use embassyfs::fs::{self, Fs};
+use embassyfs::fs::{self, Fs, Settings};
 use embassyfs::log::volume::Parameters;
 use embassyfs::replica::Version;
 use embassyfs::replica::volume::{OpenOptions, Volume};
@@ -86,13 +86,9 @@ impl Host {
 
     fn options(&self, state: &str) -> OpenOptions {
         let env = Env { clock: self.clock.clone(), ..Env::system() };
-        OpenOptions {
-            env,
-            store: self.link.clone(),
-            dirty_max: self.sizes.dirty_max,
-            disk_cache: self.sizes.disk_cache,
-            ..self.world.options(state)
-        }
+        let options = self.world.options(state);
+        let settings = Settings { dirty_max: self.sizes.dirty_max, ..options.settings };
+        OpenOptions { env, store: self.link.clone(), disk_cache: self.sizes.disk_cache, settings, ..options }
     }
 
     /// Opens home over its state directory.
@@ -194,7 +190,9 @@ impl Host {
             "embassy".into()
         };
         let key = self.world.key(embassyfs::ops::init::READER_KEY);
-        let options = OpenOptions { key, read_only: true, version, ..self.options(&state) };
+        let options = self.options(&state);
+        let settings = Settings { read_only: true, ..options.settings };
+        let options = OpenOptions { key, version, settings, ..options };
         Volume::open(options, self.world.runtime.handle())
     }
 
