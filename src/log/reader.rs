@@ -19,11 +19,11 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use lru::LruCache;
 use parking_lot::Mutex;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io::ErrorKind;
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Requests to the store that one fetch has in flight.
@@ -248,8 +248,15 @@ impl FrameReader {
 
     fn punch_dead(&self) {
         let mut dead = self.dead.lock();
-        let segments: Vec<Seq> =
+        let segments: BTreeSet<Seq> =
             dead.ranges.keys().copied().filter(|seq| self.ranges.contains(*seq)).collect();
+        // A power cut may give a file its old name in `log/` back, where nothing may have holes.
+        let groups: BTreeSet<PathBuf> =
+            segments.iter().filter_map(|seq| Some(self.dir.cache_path(*seq).parent()?.to_owned())).collect();
+        let moved = groups.iter().try_for_each(|group| self.dir.disk().sync_dir(group));
+        if let Err(e) = moved.map_err(Error::io("sync the cache")).and_then(|()| self.dir.sync_dir("log")) {
+            return ::log::warn!("nothing is punched out of the cache: {e}");
+        }
         for seq in segments {
             let ranges = dead.ranges.remove(&seq).unwrap_or_default();
             dead.count -= ranges.len();

@@ -12,6 +12,7 @@ use super::statedir::StateDir;
 use super::torn::{Torn, scan};
 use super::{ClosedSegment, Error, Result};
 use crate::clock::Env;
+use crate::disk::{FileRef, Mode};
 use crate::store::{Store, StoreError};
 use crate::types::{CommitNo, Epoch, Head, Seq, Timestamp};
 use bytes::Bytes;
@@ -64,6 +65,8 @@ pub struct Recovered {
 /// What lies in the spool: closed segments, and perhaps a newest one that a crash left without a trailer.
 struct Spool {
     closed: Vec<ClosedSegment>,
+    /// The contents of the newest one, if it is closed.
+    newest: Vec<u8>,
     torn: Option<(Seq, Vec<u8>)>,
 }
 
@@ -122,6 +125,12 @@ pub async fn recover(
     let members = members(ctx, found, &start).await?;
     let mut replay = Replay::begin(ctx, dir, store, &start, members.sources.is_empty()).await?;
     replay.closed(ctx, members, apply).await?;
+    if let Some(newest) = spool.closed.last()
+        && role == Role::Writer
+        && spool.torn.is_none()
+    {
+        settle(dir, &newest.file, &spool.newest)?;
+    }
     if let Some((seq, bytes)) = spool.torn.filter(|_| !replay.stopped) {
         let scanned = scan(ctx, seq, &bytes, &dir.log_path(seq))?;
         replay.torn(seq, &scanned, apply)?;
@@ -148,8 +157,21 @@ pub async fn recover(
     })
 }
 
+/// Writes the newest segment once more, as it is, and waits for the disk. That it can be read does not say that it is
+/// durable: a process that was killed may have left it in the page cache, and after a sync that failed the kernel keeps
+/// what it never wrote, and takes it for written. Older ones were durable before it was begun.
+pub(super) fn settle(dir: &StateDir, file: &FileRef, bytes: &[u8]) -> Result<()> {
+    let write = || {
+        let open = file.disk.open(&file.path, Mode::Write)?;
+        open.write_all_at(bytes, 0).map_err(|(_, e)| e)?;
+        open.sync()
+    };
+    write().map_err(Error::io(format!("write {}", file.path.display())))?;
+    dir.sync_dir("log")
+}
+
 async fn read_spool(ctx: &VolumeContext, dir: &StateDir) -> Result<Spool> {
-    let mut spool = Spool { closed: Vec::new(), torn: None };
+    let mut spool = Spool { closed: Vec::new(), newest: Vec::new(), torn: None };
     let mut found = dir.log_segments()?;
     if let Some((seq, len)) = found.pop() {
         let file = dir.file(dir.log_path(seq));
@@ -160,6 +182,7 @@ async fn read_spool(ctx: &VolumeContext, dir: &StateDir) -> Result<Spool> {
             Some((trailer, head)) if super::torn::body_holds(&trailer, &bytes) => {
                 let (last_commit, stored) = (trailer.last_commit, trailer.stored);
                 spool.closed.push(ClosedSegment { file, len, head, last_commit, stored });
+                spool.newest = bytes;
             }
             _ => spool.torn = Some((seq, bytes)),
         }

@@ -9,6 +9,7 @@ use super::segment::{
     HEADER_LEN, Header, Index, IndexedCommit, SegmentCipher, TRAILER_LEN, Trailer, UncheckedHeader,
     VolumeContext,
 };
+use super::recovery::settle;
 use super::statedir::StateDir;
 use super::{ClosedSegment, Error, Result};
 use crate::clock::Env;
@@ -53,7 +54,8 @@ impl Torn {
         last_commit: CommitNo,
     ) -> Result<Option<ClosedSegment>> {
         let path = dir.log_path(seq);
-        let wrap = |e| Error::io(format!("close {}", path.display()))(e);
+        let shown = path.display().to_string();
+        let wrap = |e| Error::io(format!("close {shown}"))(e);
         let Some(header) = self.header else {
             // Moved aside first: a half removed file must not be taken for a segment.
             let aside = path.with_extension("void");
@@ -68,14 +70,15 @@ impl Torn {
         let end = self.end as u64;
         let ending = Ending { ctx, prev, last_commit, stored: Seq(0) };
         let closing = ending.bytes(header, &self.index, hasher, end, 0, env.random_bytes())?;
-        let file = dir.disk().open(&path, Mode::Write).map_err(wrap)?;
-        file.set_len(end)
-            .and_then(|()| file.write_all_at(&closing.bytes, end).map_err(|(_, e)| e))
-            .and_then(|()| file.sync())
-            .map_err(wrap)?;
-        dir.sync_dir("log")?;
-        let len = end + closing.bytes.len() as u64;
-        Ok(Some(ClosedSegment { file: dir.file(path), len, head: closing.head, last_commit, stored: Seq(0) }))
+        let mut whole = bytes;
+        whole.truncate(self.end);
+        whole.extend_from_slice(&closing.bytes);
+        // What lies behind the end goes first: it must not be taken for more of the segment.
+        dir.disk().open(&path, Mode::Write).and_then(|file| file.set_len(end)).map_err(wrap)?;
+        let file = dir.file(path);
+        settle(dir, &file, &whole)?;
+        let len = whole.len() as u64;
+        Ok(Some(ClosedSegment { file, len, head: closing.head, last_commit, stored: Seq(0) }))
     }
 }
 

@@ -531,7 +531,7 @@ impl Shipping for Shipper {
         if self.closing.load(Ordering::Acquire) {
             return false;
         }
-        self.runtime.block_on(tokio::time::sleep(PAUSE));
+        self.runtime.block_on(async { tokio::time::sleep(PAUSE).await });
         self.env.threads.turn();
         true
     }

@@ -10,7 +10,7 @@ use embassyfs::replica::Version;
 use embassyfs::replica::volume::{OpenOptions, Volume};
 use embassyfs::store::fault::{FaultStore, Faults};
 use embassyfs::store::local::LocalStore;
-use embassyfs::types::{CommitNo, Timestamp};
+use embassyfs::types::{CommitNo, Ino, Timestamp};
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -128,8 +128,8 @@ impl Host {
         self.home().fs.sync_point().0
     }
 
-    /// Asks for a commit; with `wait` until it is durable here.
-    pub fn commit(&self, wait: bool) {
+    /// Asks for a commit; with `wait` until it is durable here. True if it was waited for.
+    pub fn commit(&self, wait: bool) -> bool {
         let home = self.home();
         let commit = home.fs.sync_point();
         home.fs.request_commit(commit, false);
@@ -138,6 +138,7 @@ impl Host {
             home.durable().unwrap().wait(commit, Box::new(move |answer| drop(sender.send(answer))));
             receiver.recv_timeout(Duration::from_secs(60)).unwrap().unwrap();
         }
+        wait
     }
 
     /// Returns when the store holds everything.
@@ -199,6 +200,11 @@ impl Host {
     /// Newest commit that the store is known to hold.
     pub fn shipped(&self) -> CommitNo {
         self.home().durable().unwrap().snapshot().remote
+    }
+
+    /// Inodes without names that could not be freed at the opening; none, for here the store always answers.
+    pub fn not_freed(&self) -> Vec<Ino> {
+        Vec::new()
     }
 
     /// Newest commit that is durable here.
