@@ -21,6 +21,9 @@ use std::path::Path;
 
 /// So many zero bytes in a row do not occur in sealed frames; where they do, the disk never got the bytes.
 const HOLE_LEN: usize = 16;
+/// What a disk writes whole: where only the end of a sector is missing, the hole can be shorter, but ends with it.
+const SECTOR: usize = 512;
+const SECTOR_HOLE_LEN: usize = 4;
 
 /// What is whole of a segment that was not closed.
 pub(super) struct Torn {
@@ -94,7 +97,7 @@ pub(super) fn scan(ctx: &VolumeContext, seq: Seq, bytes: &[u8], path: &Path) -> 
     let header = match UncheckedHeader::parse(head, &object) {
         Ok(header) => header.verify(ctx, seq, &object)?,
         // The first write never reached the disk, or not whole.
-        Err(_) if head.len() < HEADER_LEN || has_hole(head) => return Ok(Torn::nothing()),
+        Err(_) if head.len() < HEADER_LEN || has_hole(head, 0) => return Ok(Torn::nothing()),
         Err(e) => return Err(e),
     };
     let mut scan = Scan {
@@ -113,8 +116,13 @@ pub(super) fn scan(ctx: &VolumeContext, seq: Seq, bytes: &[u8], path: &Path) -> 
     Ok(torn)
 }
 
-fn has_hole(bytes: &[u8]) -> bool {
-    bytes.windows(HOLE_LEN).any(|window| window.iter().all(|b| *b == 0))
+/// Whether bytes that never reached the disk are among `bytes`, which lie at `offset` of the file.
+fn has_hole(bytes: &[u8], offset: usize) -> bool {
+    let zeros = |window: &[u8]| window.iter().all(|b| *b == 0);
+    let first = SECTOR - offset % SECTOR;
+    let sector_ends = (first..=bytes.len()).step_by(SECTOR).filter_map(|end| bytes.get(..end));
+    bytes.windows(HOLE_LEN).any(zeros)
+        || sector_ends.filter_map(|head| head.last_chunk::<SECTOR_HOLE_LEN>()).any(|end| zeros(end))
 }
 
 struct Scan<'a> {
@@ -191,7 +199,7 @@ impl Scan<'_> {
         };
         if let Some((trailer, _)) = trailer_of(ctx, seq, self.bytes) {
             let body = self.bytes.get(stopped..trailer.body_len() as usize).unwrap_or_default();
-            if (trailer.synced as usize) > stopped || !has_hole(body) {
+            if (trailer.synced as usize) > stopped || !has_hole(body, stopped) {
                 return damage("the segment was closed, and its bytes have changed since");
             }
         }

@@ -3,7 +3,7 @@
 //! fault model:
 //!
 //! - **Data**: what a file was told since its last sync survives a power cut sector by sector (512 bytes), each write on
-//!   its own, in any order; a size without its data reads as zeros.
+//!   its own, in any order; a sector is as it was at some moment, and a size without its data reads as zeros.
 //! - **Names**: what a directory was told since its last sync survives up to some point in its order; a rename happens
 //!   whole or not at all, also between two directories.
 //! - **Failing sync**: says `EIO` once. What it should have made durable is durable in part or not at all, and stays
@@ -133,24 +133,32 @@ impl Node {
         let mut bytes = self.durable.clone();
         // Mostly all of one kind, as disks are: all kept, none, or a mixture.
         let kept = [0, 1000, 500, 900][chance.below(4) as usize];
+        // A sector is as it was at some moment: with what it was told until then.
+        let mut old: BTreeSet<u64> = BTreeSet::new();
+        let mut whole = true;
         for change in &self.pending {
             match change {
                 Change::Write(at, data) => {
                     let end = at + data.len() as u64;
                     let mut from = *at;
                     while from < end {
-                        let to = ((from / SECTOR + 1) * SECTOR).min(end);
-                        if chance.per_mille(kept) {
+                        let sector = from / SECTOR;
+                        let to = ((sector + 1) * SECTOR).min(end);
+                        if whole && !old.contains(&sector) && chance.per_mille(kept) {
                             let part = data[(from - at) as usize..(to - at) as usize].to_vec();
                             apply(&mut bytes, &Change::Write(from, part));
-                        } else if bytes.len() < to as usize && chance.per_mille(kept) {
-                            bytes.resize(to as usize, 0); // the size without the data
+                        } else {
+                            old.insert(sector);
+                            if whole && bytes.len() < to as usize && chance.per_mille(kept) {
+                                bytes.resize(to as usize, 0); // the size without the data
+                            }
                         }
                         from = to;
                     }
                 }
-                other if chance.per_mille(kept) => apply(&mut bytes, other),
-                _ => {}
+                other if whole && chance.per_mille(kept) => apply(&mut bytes, other),
+                // A new length that did not come: nothing that came after it either.
+                _ => whole = false,
             }
         }
         bytes
