@@ -18,10 +18,10 @@
 //! ```
 #![allow(clippy::unwrap_used)]
 
-#[path = "sim/world.rs"]
-mod common;
 #[path = "sim/chance.rs"]
 mod chance;
+#[path = "sim/world.rs"]
+mod common;
 #[path = "model/compare.rs"]
 mod compare;
 #[path = "model/contents.rs"]
@@ -38,6 +38,8 @@ mod life;
 mod nonces;
 #[path = "model/ops.rs"]
 mod ops;
+#[path = "sim/promotion.rs"]
+mod promotion;
 #[path = "model/reference.rs"]
 mod reference;
 #[path = "model/rng.rs"]
@@ -95,6 +97,9 @@ fn run(seed: u64, steps: u64) -> Came {
     println!("seed {seed} begins"); // a run that hangs tells nothing later
     let mut run = Run::new(seed, sizes(seed), false);
     let counts = run.go(steps);
+    if seed % 2 == 1 {
+        run.promotion().unwrap_or_else(|difference| run.tell(&difference));
+    }
     let chance = &run.host.world.chance;
     let (faults, trace) = (chance.faults(), chance.trace());
     println!("seed {seed}: {counts:?} {faults:?}, {} events, {:016x}", trace.0, trace.1);
@@ -134,7 +139,9 @@ fn one_seed_gives_the_same_run_to_the_byte() {
 #[test]
 fn named_seeds() {
     let all = run_all(0..24);
-    for kind in ["power cut", "kill", "lost request", "lost answer", "late put", "outage", "stale list", "full disk"] {
+    for kind in
+        ["power cut", "kill", "lost request", "lost answer", "late put", "outage", "stale list", "full disk"]
+    {
         assert!(all.faults.get(kind).is_some_and(|n| *n > 0), "no {kind} in all runs");
     }
     assert!(all.counts.lost > 0 && all.counts.readers > 0 && all.counts.checkpoints > 0);

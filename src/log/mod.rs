@@ -122,4 +122,6 @@ pub struct ClosedSegment {
     pub last_commit: CommitNo,
     /// What its trailer says the store was known to hold when it was closed; 0 when nothing was known.
     pub stored: Seq,
+    /// When this process closed it (monotonic); `None`: it was found on the disk.
+    pub closed_at: Option<std::time::Duration>,
 }

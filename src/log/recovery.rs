@@ -181,7 +181,7 @@ async fn read_spool(ctx: &VolumeContext, dir: &StateDir) -> Result<Spool> {
             // Only here the body is looked at: the others were durable before their successors were begun.
             Some((trailer, head)) if super::torn::body_holds(&trailer, &bytes) => {
                 let (last_commit, stored) = (trailer.last_commit, trailer.stored);
-                spool.closed.push(ClosedSegment { file, len, head, last_commit, stored });
+                spool.closed.push(ClosedSegment { file, len, head, last_commit, stored, closed_at: None });
                 spool.newest = bytes;
             }
             _ => spool.torn = Some((seq, bytes)),
@@ -192,7 +192,7 @@ async fn read_spool(ctx: &VolumeContext, dir: &StateDir) -> Result<Spool> {
         let file = dir.file(dir.log_path(seq));
         let end = Source { seq, place: Place::File(file.clone()) }.trailer(ctx).await?;
         let (last_commit, stored) = (end.trailer.last_commit, end.trailer.stored);
-        older.push(ClosedSegment { file, len, head: end.head, last_commit, stored });
+        older.push(ClosedSegment { file, len, head: end.head, last_commit, stored, closed_at: None });
     }
     older.append(&mut spool.closed);
     spool.closed = older;

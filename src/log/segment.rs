@@ -3,8 +3,10 @@
 //! gives nothing away. The trailer repeats the header, so that the end of an object alone is enough to open it.
 
 use super::{Error, Result};
+use crate::crypto::Hasher;
 use crate::crypto::keys::{DerivedKey, Purpose, VolumeKey};
 use crate::crypto::sign::{PublicKey, SIGNATURE_LEN, SecretKey};
+use crate::disk::{FileRef, Mode};
 use crate::types::{CommitNo, Epoch, Hash, Head, Seq, Timestamp, VolumeId};
 
 pub use super::frame::{DeltaHeader, SegmentCipher};
@@ -22,6 +24,8 @@ pub const SEGMENT_LEN_MAX: u64 = 3 << 30;
 const HEADER_MAGIC: [u8; 8] = *b"EMBFSSEG";
 const HEADER_CHECKED: usize = 80;
 const TRAILER_MAGIC: [u8; 8] = *b"EMBFSEND";
+/// A segment is read through in pieces of so many bytes.
+const PIECE: usize = 1 << 20;
 const TRAILER_SIGNED: usize = TRAILER_LEN - SIGNATURE_LEN;
 const SIGNATURE_CONTEXT: &[u8] = b"embassyfs v1 segment trailer";
 
@@ -286,6 +290,28 @@ fn signed_message(trailer: &[u8]) -> Vec<u8> {
 /// The head that a trailer's bytes make.
 pub fn head_of(seq: Seq, trailer: &[u8; TRAILER_LEN]) -> Head {
     Head { seq, hash: crate::crypto::hash(trailer) }
+}
+
+/// Whether the file still holds the segment that ends with `head`: read through, its hashes compared.
+pub fn is_whole(file: &FileRef, head: Head) -> std::io::Result<bool> {
+    let (tail, size) = file.suffix(TRAILER_LEN as u64)?;
+    let Ok(UncheckedTrailer { bytes, trailer }) = UncheckedTrailer::parse(&tail, "") else {
+        return Ok(false);
+    };
+    if head_of(head.seq, &bytes) != head {
+        return Ok(false);
+    }
+    let open = file.disk.open(&file.path, Mode::Read)?;
+    let (mut hasher, mut piece, mut at) = (Hasher::default(), vec![0; PIECE], 0);
+    let end = size - TRAILER_LEN as u64;
+    while at < end {
+        let len = (end - at).min(PIECE as u64);
+        let Some(piece) = piece.get_mut(..len as usize) else { break };
+        open.read_exact_at(piece, at)?;
+        hasher.update(piece);
+        at += len;
+    }
+    Ok(hasher.finish() == trailer.body_hash)
 }
 
 impl UncheckedTrailer {

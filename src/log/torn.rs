@@ -5,11 +5,11 @@
 use super::chain::{Commit, trailer_of};
 use super::closing::Ending;
 use super::frame::{DeltaHeader, FRAME_OVERHEAD, PREFIX_LEN, Prefix};
+use super::recovery::settle;
 use super::segment::{
     HEADER_LEN, Header, Index, IndexedCommit, SegmentCipher, TRAILER_LEN, Trailer, UncheckedHeader,
     VolumeContext,
 };
-use super::recovery::settle;
 use super::statedir::StateDir;
 use super::{ClosedSegment, Error, Result};
 use crate::clock::Env;
@@ -81,7 +81,14 @@ impl Torn {
         let file = dir.file(path);
         settle(dir, &file, &whole)?;
         let len = whole.len() as u64;
-        Ok(Some(ClosedSegment { file, len, head: closing.head, last_commit, stored: Seq(0) }))
+        Ok(Some(ClosedSegment {
+            file,
+            len,
+            head: closing.head,
+            last_commit,
+            stored: Seq(0),
+            closed_at: None,
+        }))
     }
 }
 

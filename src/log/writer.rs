@@ -236,6 +236,7 @@ impl LogWriter {
             head: closing.head,
             last_commit: self.last_commit,
             stored: self.stored,
+            closed_at: Some(self.env.clock.monotonic()),
         }))
     }
 

@@ -5,6 +5,7 @@
 use super::durable::Durable;
 use crate::clock::Env;
 use crate::log::ClosedSegment;
+use crate::log::segment::is_whole;
 use crate::store::retry::{Backoff, COMPARE_SUFFIX};
 use crate::store::{Store, StoreError, file_suffix};
 use crate::types::Seq;
@@ -24,6 +25,8 @@ const FIRST_DELAY: Duration = Duration::from_millis(100);
 const DELAY_MAX: Duration = Duration::from_secs(5);
 /// Pause after an error that goes away only when somebody acts. Still asked again, for then nobody has to remount.
 const DENIED_DELAY: Duration = Duration::from_secs(30);
+/// How long the disk is trusted with a segment that was just written.
+const TRUSTED_FOR: Duration = Duration::from_secs(60);
 /// How long a segment waits for a busy local disk, and how often that is looked at.
 const HOLD_MAX: Duration = Duration::from_secs(1);
 const HOLD_TICK: Duration = Duration::from_millis(20);
@@ -323,6 +326,9 @@ impl Shared {
     async fn attempt(&self, name: &str, segment: &ClosedSegment) -> Result<(), Failure> {
         // Looked at before each attempt: what is in the spool now must be the segment that was closed.
         spool_tail(name, segment, 0).await?;
+        if segment.closed_at.is_none_or(|at| self.now() >= at + TRUSTED_FOR) {
+            read_through(name, segment).await?;
+        }
         match self.store.put_file(name, &segment.file).await {
             Ok(()) => Ok(()),
             Err(StoreError::AlreadyExists { .. }) => self.compare(name, segment).await,
@@ -365,6 +371,26 @@ impl Shared {
              what was not sent is kept in {dir}",
             self.store.describe()
         )))
+    }
+}
+
+/// What has lain on the disk for long is read through before it goes: damage must not be sent for good, and then be all
+/// that is left when the local copy is evicted.
+async fn read_through(name: &str, segment: &ClosedSegment) -> Result<(), Failure> {
+    let (file, head) = (segment.file.clone(), segment.head);
+    let shown = file.path.display().to_string();
+    let whole = match file.disk.blocks() {
+        true => {
+            tokio::task::spawn_blocking(move || is_whole(&file, head)).await.map_err(std::io::Error::other)
+        }
+        false => Ok(is_whole(&file, head)),
+    };
+    match whole.flatten() {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Failure::Stuck(format!(
+            "{name}: {shown} is damaged, so it is not sent; put it back from a copy of the state directory"
+        ))),
+        Err(e) => Err(Failure::Stuck(format!("{name}: cannot read {shown} to send it: {e}"))),
     }
 }
 

@@ -35,7 +35,8 @@ impl Run {
     /// inode without names freed, the root made), the one before. With `kept`, not all of it could be done.
     fn candidates(&self, newest: u64, least: u64, kept: bool) -> Vec<u64> {
         let busy = |commit: u64| commit == 0 || !self.at(commit).orphans().is_empty();
-        let both = [Some(newest).filter(|no| kept || !busy(*no)), newest.checked_sub(1).filter(|no| busy(*no))];
+        let both =
+            [Some(newest).filter(|no| kept || !busy(*no)), newest.checked_sub(1).filter(|no| busy(*no))];
         both.into_iter().flatten().filter(|commit| *commit >= least).collect()
     }
 

@@ -1,10 +1,9 @@
 //! One source of chance for a whole run, shared by everything in it, and the account of what happened.
 //! Invariant: the same seed and the same program give the same draws and the same events, in order, to the byte.
 
-
+use super::rng::Rng;
 use embassyfs::clock::{Clock, Random};
 use embassyfs::types::Timestamp;
-use super::rng::Rng;
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex};

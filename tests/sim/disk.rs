@@ -15,9 +15,9 @@
 //!
 //! It also watches what the log writes: no two files share a salt, and no byte of a segment is sealed twice.
 
-use super::nonces::Nonces;
 use super::chance::Chance;
 use super::common::World;
+use super::nonces::Nonces;
 use super::threads::Turns;
 use embassyfs::clock::Clock;
 use embassyfs::disk::{Disk, DiskFile, Lock, Mode};
@@ -218,7 +218,14 @@ impl SimDisk {
     pub fn new(root: &Path, world: &World) -> SimDisk {
         let state = Arc::new(Mutex::new(State::default()));
         let (clock, chance) = (world.clock.clone(), world.chance.clone());
-        SimDisk { root: root.to_owned(), state, chance, clock, turns: world.turns.clone(), nonces: world.nonces.clone() }
+        SimDisk {
+            root: root.to_owned(),
+            state,
+            chance,
+            clock,
+            turns: world.turns.clone(),
+            nonces: world.nonces.clone(),
+        }
     }
 
     /// The power is cut at one of the next `calls` calls that change anything.
@@ -465,7 +472,8 @@ impl DiskFile for SimFile {
         let mut taken = bytes;
         if self.disk.full(&state) {
             self.disk.chance.fault("no room for a write");
-            taken = &bytes[..self.disk.chance.below(bytes.len() as u64 + 1).min(bytes.len() as u64 / 2) as usize];
+            taken =
+                &bytes[..self.disk.chance.below(bytes.len() as u64 + 1).min(bytes.len() as u64 / 2) as usize];
             if taken.is_empty() {
                 return Err(io::Error::from_raw_os_error(libc::ENOSPC));
             }

@@ -61,16 +61,8 @@ impl Host {
         let disk = |name: &str| SimDisk::new(&world.dir.path().join(name), &world);
         let (disk, reader) = (disk("home"), disk("embassy"));
         let link = world.store.link(1);
-        let mut host = Host {
-            world,
-            sizes,
-            disk,
-            link,
-            home: None,
-            told: Arc::default(),
-            reader,
-            readers: 0,
-        };
+        let mut host =
+            Host { world, sizes, disk, link, home: None, told: Arc::default(), reader, readers: 0 };
         host.rise().expect("a new volume opens");
         host
     }
@@ -197,9 +189,7 @@ impl Host {
                 *answer.lock().unwrap() = Some(heard);
             }),
         );
-        self.world.until("fsync", || {
-            answered.lock().unwrap().is_some() || self.disk.is_down()
-        });
+        self.world.until("fsync", || answered.lock().unwrap().is_some() || self.disk.is_down());
         let heard = *answered.lock().unwrap();
         heard == Some(true)
     }

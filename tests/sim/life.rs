@@ -158,7 +158,8 @@ impl Run {
                 Err(error) => {
                     let excused = old_list && matches!(error, Error::Corrupt { .. } | Error::Refused(_));
                     if !excused {
-                        self.may_refuse(&error, n, false).map_err(|e| format!("the embassy, {version:?}: {e}"))?;
+                        self.may_refuse(&error, n, false)
+                            .map_err(|e| format!("the embassy, {version:?}: {e}"))?;
                     }
                     self.host.world.pass(Duration::from_secs(1));
                     continue;

@@ -98,7 +98,8 @@ impl SimStore {
     /// The weather changes, for a while.
     pub fn weather(&self) {
         let chance = &self.0.chance;
-        let end = self.0.clock.monotonic() + chance.millis(100, [1_000, 10_000, 90_000][chance.below(3) as usize]);
+        let end =
+            self.0.clock.monotonic() + chance.millis(100, [1_000, 10_000, 90_000][chance.below(3) as usize]);
         let mut until = self.0.until.lock().unwrap();
         match chance.below(4) {
             0 => (until.silent, _) = (end, chance.fault("outage")),
@@ -229,8 +230,11 @@ impl Link {
         }
         let shown = self.store.0.clock.monotonic().saturating_sub(self.chance().millis(1, 60_000));
         let came = self.store.0.came.lock().unwrap();
-        let kept: Vec<ObjectInfo> =
-            found.iter().filter(|object| came.get(&object.name).is_none_or(|at| *at <= shown)).cloned().collect();
+        let kept: Vec<ObjectInfo> = found
+            .iter()
+            .filter(|object| came.get(&object.name).is_none_or(|at| *at <= shown))
+            .cloned()
+            .collect();
         if kept.len() < found.len() {
             self.chance().fault("stale list");
         }

@@ -1,8 +1,8 @@
 //! What a run happens in: one runtime without threads, in paused time; one store; one source of chance.
 //! Invariant: nothing moves but when the run waits, and every wait has a bound in simulated time.
 
-use super::nonces::Nonces;
 use super::chance::{Chance, SimClock};
+use super::nonces::Nonces;
 use super::store::SimStore;
 use super::threads::Turns;
 use embassyfs::clock::Env;
@@ -108,7 +108,8 @@ impl World {
                 error if error.errno() == libc::ENOSPC => self.pass(Duration::from_secs(1)),
                 error => match error.missing() {
                     Some(ptrs) => {
-                        if self.runtime.block_on(volume.fetch(ptrs)).is_err() {
+                        if let Err(e) = self.runtime.block_on(volume.fetch(ptrs)) {
+                            assert!(left > 1, "for ever: {e}");
                             self.pass(Duration::from_secs(1));
                         }
                     }

@@ -82,6 +82,7 @@ fn segment(n: u64) -> ClosedSegment {
         head: Head { seq: Seq(n), hash: Hash::default() },
         last_commit: CommitNo(n),
         stored: Seq(1),
+        closed_at: None,
     }
 }
 
