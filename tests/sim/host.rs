@@ -1,7 +1,7 @@
 //! Home: its machine, its ends, and what it was told.
 //! Invariant: what home acknowledges after its power was cut was not heard by anybody.
 
-use super::common::World;
+use super::common::{World, no_panic};
 use super::disk::SimDisk;
 use super::store::{Link, Temper};
 use embassyfs::clock::Env;
@@ -126,6 +126,7 @@ impl Host {
 
     /// The world goes on: threads have turns, time passes, things break.
     pub fn breathe(&self) {
+        no_panic();
         let chance = &self.world.chance;
         for _ in 0..chance.below(4) {
             self.world.turns.give(chance.below(8) as usize);

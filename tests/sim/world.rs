@@ -14,7 +14,7 @@ use embassyfs::ops::init::{InitParams, init};
 use embassyfs::replica::Io;
 use embassyfs::replica::volume::Volume;
 use embassyfs::types::Timestamp;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
@@ -34,6 +34,7 @@ pub struct World {
 
 impl World {
     pub fn new(seed: u64, parameters: Parameters, now: Timestamp) -> World {
+        count_panics();
         let dir = tempfile::Builder::new().tempdir_in(memory()).unwrap();
         let runtime = Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
         let clock = Arc::new(SimClock { handle: runtime.handle().clone(), wall: Mutex::new(now) });
@@ -118,6 +119,25 @@ impl World {
             }
         }
     }
+}
+
+/// Panics so far: the core catches its own, and goes on as after a failing disk. Here each is the end of the run.
+static PANICS: AtomicU64 = AtomicU64::new(0);
+
+fn count_panics() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            PANICS.fetch_add(1, Ordering::SeqCst);
+            before(info);
+        }));
+    });
+}
+
+/// Ends the run if anything has panicked.
+pub fn no_panic() {
+    assert_eq!(PANICS.load(Ordering::SeqCst), 0, "something panicked; its message stands above");
 }
 
 /// Where the index of the cache lies, which is `sled`'s and on a real disk.
