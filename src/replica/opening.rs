@@ -310,18 +310,19 @@ pub(super) fn write_pin(dir: &StateDir, head: Head) -> Result<()> {
 
 fn read_pin(dir: &StateDir) -> Result<Option<Head>> {
     let Some(bytes) = dir.read(PIN)? else { return Ok(None) };
-    let text = String::from_utf8_lossy(&bytes);
-    let parsed = text.trim_end().split_once(' ').and_then(|(seq, hash)| {
-        let seq = Seq(u64::from_be_bytes(unhex(seq)?));
-        Some(Head { seq, hash: Hash(unhex(hash)?) })
-    });
-    match parsed {
+    match parse_pin(&bytes) {
         Some(head) => Ok(Some(head)),
         None => Err(Error::corrupt(
             dir.root().join(PIN).display(),
             "is damaged; remove it to forget which head was seen (an older store would then go unnoticed)",
         )),
     }
+}
+
+pub(super) fn parse_pin(bytes: &[u8]) -> Option<Head> {
+    let text = String::from_utf8_lossy(bytes);
+    let (seq, hash) = text.trim_end().split_once(' ')?;
+    Some(Head { seq: Seq(u64::from_be_bytes(unhex(seq)?)), hash: Hash(unhex(hash)?) })
 }
 
 /// The newest checkpoint on this host that the store does not have, and the segment it needs: an upload that the last
