@@ -13,7 +13,7 @@ use crate::log::volume::{self, Superblock, UnverifiedSuperblock};
 use crate::log::{Error, Result};
 use crate::store::{Store, StoreError};
 use crate::tree::checkpoint::{self, Root};
-use crate::tree::{Counters, Delta, Tree, delta};
+use crate::tree::{Counters, Delta, Tree, delta, memtable};
 use crate::types::{CommitNo, Hash, Head, Seq, Timestamp, unhex};
 use bytes::Bytes;
 use std::time::Duration;
@@ -26,6 +26,9 @@ const REACH_TIMEOUT: Duration = Duration::from_secs(10);
 const CHECKPOINT_MAX: u64 = 64 << 10;
 /// Checkpoint names asked for at once.
 const LIST_PAGE: usize = 1000;
+
+/// Changed keys that a replay may leave in memory, in bytes. A writer stops long before: see `fs::Settings::memtable_max`.
+const REPLAY_WEIGHT_MAX: usize = 384 << 20;
 
 /// Which version of the volume to open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,13 +125,25 @@ pub(super) async fn recover(
     let mut counters = root.map(|root| root.counters);
     let mut time = root.map(|root| root.time);
     let mut last = root.map_or(CommitNo(0), |root| root.commit);
-    let mut apply = |no: CommitNo, at: Timestamp, _: Seq, bodies: &[Bytes]| {
+    let mut weight = 0;
+    let mut apply = |no: CommitNo, at: Timestamp, seq: Seq, bodies: &[Bytes]| {
         if !version.includes(no, at) {
             return Ok(Step::Stop);
         }
         if no > last {
-            let (new, changes) = delta::decode(bodies)?;
-            replayed.extend(changes);
+            let (new, changes) = delta::decode(bodies).map_err(|e| of_commit(no, seq, e))?;
+            for (key, value) in changes {
+                weight += memtable::weight(&key, &value);
+                if let Some((key, old)) = replayed.remove_entry(&key) {
+                    weight -= memtable::weight(&key, &old);
+                }
+                replayed.insert(key, value);
+            }
+            if weight > REPLAY_WEIGHT_MAX {
+                let detail =
+                    "the log behind the newest checkpoint holds more changes than any writer leaves there";
+                return Err(Error::corrupt(segment_name(seq), detail));
+            }
             counters = Some(new);
             (time, last) = (Some(at), no);
         }
@@ -164,6 +179,16 @@ pub(super) async fn recover(
         time,
         replay_seq: start.replay_seq,
     })
+}
+
+/// Says of damage found in a commit's deltas where they lie.
+fn of_commit(no: CommitNo, seq: Seq, error: Error) -> Error {
+    match error {
+        Error::Corrupt { object, detail } => {
+            Error::corrupt(segment_name(seq), format!("{object} of commit {}: {detail}", no.0))
+        }
+        other => other,
+    }
 }
 
 /// The newest checkpoint that belongs to `version`, from here or from the store. One that is damaged is passed

@@ -6,7 +6,8 @@ use embassyfs::crypto::keys::VolumeKey;
 use embassyfs::crypto::seal::BulkSealer;
 use embassyfs::crypto::sign::SecretKey;
 use embassyfs::log::segment::{
-    DeltaHeader, HEADER_LEN, Header, Index, IndexedCommit, SegmentCipher, TRAILER_LEN, Trailer, VolumeContext, head_of,
+    DeltaHeader, HEADER_LEN, Header, Index, IndexedCommit, SegmentCipher, TRAILER_LEN, Trailer,
+    VolumeContext, head_of,
 };
 use embassyfs::types::{CommitNo, Epoch, FrameKind, FramePtr, Hash, Head, Seq, Timestamp, VolumeId};
 
@@ -81,7 +82,12 @@ impl Segment {
     }
 
     /// The same with another index, and a trailer that was bent before it was signed.
-    pub fn close_with(self, prev: Option<Head>, index: &[u8], bend: impl FnOnce(&mut Trailer)) -> (Vec<u8>, Head) {
+    pub fn close_with(
+        self,
+        prev: Option<Head>,
+        index: &[u8],
+        bend: impl FnOnce(&mut Trailer),
+    ) -> (Vec<u8>, Head) {
         let Segment { header, mut bytes, index: honest, ctx, .. } = self;
         let index_salt = [9; 32];
         let index_offset = bytes.len() as u32;
@@ -112,10 +118,22 @@ impl Segment {
 }
 
 /// A sealed frame whose prefix may be anything, made without the program's own writer.
-pub fn seal_raw(ctx: &VolumeContext, header: &Header, offset: u32, kind: u8, flags: u8, contents: &[u8]) -> Vec<u8> {
+pub fn seal_raw(
+    ctx: &VolumeContext,
+    header: &Header,
+    offset: u32,
+    kind: u8,
+    flags: u8,
+    contents: &[u8],
+) -> Vec<u8> {
     let len = (contents.len() + 24) as u32;
     let prefix = [&len.to_le_bytes()[..], &[kind, flags, 0, 0]].concat();
-    let place = [&header.volume.0[..], &header.seq.0.to_le_bytes(), &header.epoch.0.to_le_bytes(), &offset.to_le_bytes()];
+    let place = [
+        &header.volume.0[..],
+        &header.seq.0.to_le_bytes(),
+        &header.epoch.0.to_le_bytes(),
+        &offset.to_le_bytes(),
+    ];
     let associated = [&place.concat()[..], &prefix].concat();
     let mut sealed = contents.to_vec();
     let tag = BulkSealer::new(&header.frame_key(&ctx.key)).seal(offset.into(), &associated, &mut sealed);
