@@ -22,7 +22,7 @@ use std::sync::{Mutex, MutexGuard, Once, PoisonError, mpsc};
 use std::time::Duration;
 
 /// No case may take longer, with both hosts that open the volume.
-const CASE_TIME: Duration = Duration::from_secs(10);
+const CASE_TIME: Duration = Duration::from_secs(30);
 /// What the process may hold at any moment of a case beyond what it held before, in bytes.
 const MEMORY_MAX: usize = 640 << 20;
 

@@ -590,7 +590,7 @@ fn segments() -> Vec<(&'static str, &'static str, Evil)> {
         ),
         (
             "a thousand commits of 2 MiB of zeros each, never a checkpoint",
-            "",
+            "unpack to too much",
             second(|mut segment, head| {
                 for i in 0..1000u64 {
                     let value = value::encode_xattr(&vec![0; 2 << 20]);
