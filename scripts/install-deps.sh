@@ -10,7 +10,7 @@ wanted="fusermount3:fuse3 cc:gcc mountpoint:util-linux"
 case $purpose in
     demo) wanted="$wanted git:git" ;;
     test)
-        wanted="$wanted git:git python3:python3 rsync:rsync setfacl:acl setcap:libcap2-bin"
+        wanted="$wanted c++:g++ git:git python3:python3 rsync:rsync setfacl:acl setcap:libcap2-bin"
         wanted="$wanted postgres:postgresql stress-ng:stress-ng dbench:dbench fio:fio"
         ;;
     bench) wanted="$wanted git:git python3:python3 gocryptfs:gocryptfs postgres:postgresql" ;;

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All checks, in one command: installs what it needs, then format, lints, unit and integration tests, dependencies,
-# and the end-to-end cases on real mounts. Needs root (it mounts). Ends with the line `N passed, N failed`.
+# a little fuzzing, and the end-to-end cases on real mounts. Needs root (it mounts). Ends with the line `N passed, N failed`.
 #   scripts/test.sh [--full] [CASE...]    with cases: builds, then runs only these end-to-end cases
 #                                         --full: their long form (suites: hours)
 set -euo pipefail
@@ -69,6 +69,11 @@ fi
 step "the program"
 cargo build $profile --locked --quiet
 export EMBASSYFS=${EMBASSYFS:-$root/target/release/embassyfs}
+
+if [ $# -eq 0 ]; then
+    step "fuzzing"
+    "$root/scripts/fuzz.sh"
+fi
 
 step "end-to-end cases (in $work)"
 mkdir -p "$work"

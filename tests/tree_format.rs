@@ -204,7 +204,7 @@ fn what_is_encoded_is_decoded() {
         assert_eq!(value::decode_xattr(&value::encode_xattr(bytes)).unwrap(), bytes);
     }
     value::decode_orphan(&value::encode_orphan()).unwrap();
-    for root in [root(), Root { tree: None, replay_prev: None, ..root() }] {
+    for root in [root(), Root { tree: None, replay_prev: None, replay_seq: Seq(1), ..root() }] {
         assert_eq!(Root::decode(&root.encode(), "root").unwrap(), root);
         assert_eq!(open(&sealed(&root), &checkpoint::name(root.commit)).unwrap(), root);
     }

@@ -238,6 +238,15 @@ impl Cached {
     }
 }
 
+/// A fuzz target: an entry of the index that may be anything.
+#[cfg(feature = "fuzzing")]
+pub fn fuzz_entry(bytes: &[u8]) {
+    if let Some(cached) = Cached::decode(bytes) {
+        assert_eq!(cached.encode(), bytes);
+        let _ = (cached.bytes(), cached.covers(&(0..1)));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -249,6 +249,16 @@ impl Tx<'_> {
     }
 }
 
+/// A fuzz target: an attribute's value that may be anything.
+#[cfg(feature = "fuzzing")]
+pub fn fuzz(bytes: &[u8]) {
+    let Some(mut acl) = Acl::parse(bytes) else { return };
+    assert_eq!(acl.encode(), bytes);
+    let mode = acl.permissions();
+    acl.set_permissions(mode);
+    assert_eq!(Acl::parse(&acl.encode()).map(|mut again| again.permissions()), Some(mode));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,7 +3,7 @@
 //! count of live bytes has changed by exactly what was added and freed.
 
 use super::commit::{Shipping, Taken};
-use super::extents::{offset_of, scan_from};
+use super::extents::{scan_from, stored_extent};
 use crate::log::{self, Frames};
 use crate::tree::btree::Tree;
 use crate::tree::delta::{Delta, Value};
@@ -69,8 +69,8 @@ impl<'a> ExtentEdit<'a> {
         loop {
             let found = self.extents(ino, from..range.end)?;
             for (key, value) in &found {
-                let start = offset_of(key).map_err(into_log)?;
-                self.trim(ino, start, value, &range)?;
+                let (start, extent) = stored_extent(key, value).map_err(into_log)?;
+                self.trim(ino, start, &extent, &range);
                 from = start + 1;
             }
             if found.len() < PUNCH_BATCH {
@@ -80,29 +80,27 @@ impl<'a> ExtentEdit<'a> {
     }
 
     /// Takes `range` out of the extent that starts at `start`.
-    fn trim(&mut self, ino: Ino, start: u64, value: &Value, range: &Range<u64>) -> log::Result<()> {
-        let extent = Extent::decode(value)?;
+    fn trim(&mut self, ino: Ino, start: u64, extent: &Extent<'_>, range: &Range<u64>) {
         let end = start + extent.len();
         if end <= range.start {
-            return Ok(());
+            return;
         }
         self.live_freed += end.min(range.end) - start.max(range.start);
         self.changes.insert(key::extent(ino, start), None);
         if start < range.start {
-            let part = part_of(&extent, 0..range.start - start);
+            let part = part_of(extent, 0..range.start - start);
             self.changes.insert(key::extent(ino, start), Some(part));
         }
         if end > range.end {
-            let part = part_of(&extent, range.end - start..end - start);
+            let part = part_of(extent, range.end - start..end - start);
             self.changes.insert(key::extent(ino, range.end), Some(part));
         }
         if let Extent::Stored { ptr, from: 0, .. } = extent
             && start >= range.start
             && end <= range.end
         {
-            self.dead.push(ptr);
+            self.dead.push(*ptr);
         }
-        Ok(())
     }
 
     /// Extents of the file from the newest committed state, under the changes of this commit. Pages that are only

@@ -46,6 +46,16 @@ impl Error {
     }
 }
 
+/// Says of damage found in a value whose value it is.
+pub(super) fn of(object: impl ToString, error: log::Error) -> log::Error {
+    match error {
+        log::Error::Corrupt { object: what, detail } => {
+            log::Error::corrupt(object, format!("{what}: {detail}"))
+        }
+        other => other,
+    }
+}
+
 /// Shorthand for an errno answer.
 pub(super) fn os<T>(errno: i32) -> Result<T> {
     Err(Error::Os(errno))

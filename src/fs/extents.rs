@@ -2,10 +2,10 @@
 //! Invariant: an extent never crosses a record boundary of its file, so all extents that touch an offset start
 //! within its record. Requests only read extents; the committer alone changes them.
 
-use super::Fs;
 use super::dirty::Run;
-use super::error::Result;
+use super::error::{Result, of};
 use super::state::State;
+use super::{Fs, MAX_FILE_SIZE};
 use crate::log;
 use crate::tree::delta::Value;
 use crate::tree::key::{self, Key, KeyRef};
@@ -16,6 +16,9 @@ use std::sync::Arc;
 
 /// Extents looked at in one go when a file's are counted.
 const COUNT_BATCH: usize = 1024;
+
+/// Extents that a read rarely meets more of.
+const FEW: usize = 64;
 
 /// Where a piece of a file lies.
 #[derive(Clone, Debug)]
@@ -41,6 +44,18 @@ pub(super) fn offset_of(key: &[u8]) -> Result<u64> {
     match key::parse(key) {
         Some(KeyRef::Extent { off, .. }) => Ok(off),
         _ => Err(log::Error::corrupt("the tree", "a key among extents is no extent's").into()),
+    }
+}
+
+/// Where in the file the stored extent starts, and what it is.
+pub(super) fn stored_extent<'a>(key: &[u8], value: &'a [u8]) -> Result<(u64, Extent<'a>)> {
+    let start = offset_of(key)?;
+    let ino = || key.first_chunk().map_or(0, |ino| u64::from_be_bytes(*ino));
+    let object = || format!("inode {}, extent at {start}", ino());
+    let extent = Extent::decode(value).map_err(|e| of(object(), e))?;
+    match start.checked_add(extent.len()) {
+        Some(end) if end <= MAX_FILE_SIZE => Ok((start, extent)),
+        _ => Err(log::Error::corrupt(object(), "ends where no file does").into()),
     }
 }
 
@@ -89,7 +104,7 @@ impl Fs {
     fn stored_pieces(&self, state: &State, ino: Ino, gap: Range<u64>, pieces: &mut Vec<Piece>) -> Result<()> {
         let mut at = gap.start;
         for (key, value) in self.extents(state, ino, gap.clone())? {
-            let (start, extent) = (offset_of(&key)?, Extent::decode(&value)?);
+            let (start, extent) = stored_extent(&key, &value)?;
             let from = start.max(at);
             let to = (start + extent.len()).min(gap.end);
             if to <= from {
@@ -115,8 +130,23 @@ impl Fs {
 
     /// The extents that touch `range`, in file order.
     fn extents(&self, state: &State, ino: Ino, range: Range<u64>) -> Result<Vec<(Key, Value)>> {
-        let from = scan_from(range.start, self.settings.record_size);
+        let mut from = scan_from(range.start, self.settings.record_size);
+        let found = state.range(&*self.frames, key::extents(ino, from..range.end), FEW)?;
+        if found.len() < FEW {
+            return Ok(found);
+        }
+        from = self.first_touching(state, ino, range.start)?; // a record of many little pieces
         state.range(&*self.frames, key::extents(ino, from..range.end), usize::MAX)
+    }
+
+    /// Where the extent starts that covers `at`, or else the last one before it in its record, or `at`. Extents do not
+    /// overlap, so that no other one before `at` touches it.
+    fn first_touching(&self, state: &State, ino: Ino, at: u64) -> Result<u64> {
+        let from = scan_from(at, self.settings.record_size);
+        match state.last(&*self.frames, key::extents(ino, from..at + 1))? {
+            Some((key, _)) => offset_of(&key),
+            None => Ok(at),
+        }
     }
 
     /// The stretch that begins at `at`: what it is, and where it ends (never past `end`).
@@ -134,13 +164,13 @@ impl Fs {
         if !state.has_past(ino) {
             return Ok((false, end));
         }
-        let mut from = scan_from(at, self.settings.record_size);
+        let mut from = self.first_touching(state, ino, at)?;
         while from < end {
             let found = state.range(&*self.frames, key::extents(ino, from..end), 8)?;
             let Some((last, _)) = found.last() else { break };
             from = offset_of(last)? + 1;
             for (key, value) in &found {
-                let (start, extent) = (offset_of(key)?, Extent::decode(value)?);
+                let (start, extent) = stored_extent(key, value)?;
                 if start + extent.len() > at {
                     let is_data = start <= at;
                     return Ok((is_data, end.min(if is_data { start + extent.len() } else { start })));
@@ -153,9 +183,9 @@ impl Fs {
     /// Bytes in `range` of the file that are not holes.
     pub(super) fn allocated_bytes(&self, state: &State, ino: Ino, range: Range<u64>) -> Result<u64> {
         let (mut at, mut sum) = (range.start, 0);
+        let mut from = scan_from(at, self.settings.record_size);
         // In batches, so that what is looked at is bounded by the extents there are, not by the file's size.
         while at < range.end {
-            let from = scan_from(at, self.settings.record_size);
             let next = match state.has_past(ino) {
                 true => state.range(&*self.frames, key::extents(ino, from..range.end), COUNT_BATCH)?,
                 false => Vec::new(),
@@ -167,6 +197,7 @@ impl Fs {
             let pieces = self.pieces(state, ino, at..end)?;
             sum += pieces.iter().filter(|p| !matches!(p.source, Source::Hole)).map(|p| p.len).sum::<u64>();
             at = end;
+            from = at; // a batch ends where an extent starts
         }
         Ok(sum)
     }

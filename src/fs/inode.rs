@@ -5,6 +5,7 @@ use super::acl::AclKind;
 use super::error::{Result, os};
 use super::state::Tx;
 use super::{Caller, Fs, MAX_FILE_SIZE, NAME_MAX};
+use crate::log;
 use crate::tree::key::{self, KeyRef};
 use crate::tree::value::{Body, FileType, HAS_CAPABILITY_XATTR, HAS_XATTR, Inode, SPARSE};
 use crate::types::{Ino, Timestamp};
@@ -276,6 +277,10 @@ impl Fs {
         if !tx.st.orphans.contains(&ino) {
             return Ok(());
         }
+        if tx.inode(ino)?.nlink > 0 {
+            let detail = "is said to be without a name, but counts names; it is not freed";
+            return Err(log::Error::corrupt(format!("inode {}", ino.0), detail).into());
+        }
         tx.release(ino)?;
         tx.apply();
         Ok(())
@@ -407,7 +412,7 @@ impl Tx<'_> {
         self.drop_inode(ino);
         self.st.orphans.remove(&ino);
         self.st.allocated.remove(&ino);
-        self.st.inodes -= 1;
+        self.st.inodes = self.st.inodes.saturating_sub(1);
         Ok(())
     }
 }

@@ -27,6 +27,8 @@ mod namespace;
 mod state;
 
 pub use acl::AclKind;
+#[cfg(feature = "fuzzing")]
+pub use acl::fuzz as fuzz_acl;
 pub use checkpoint::{CheckpointOutcome, Checkpointer};
 pub use commit::{Committer, Shipping};
 pub use data::{Seek, Strip};
@@ -46,8 +48,7 @@ use std::time::Duration;
 
 /// Largest file size and offset, in bytes.
 pub const MAX_FILE_SIZE: u64 = i64::MAX as u64;
-/// Longest name in a directory, in bytes.
-pub const NAME_MAX: usize = 255;
+pub use crate::tree::value::NAME_MAX;
 
 /// The limits and shapes a file system is run with. All sizes in bytes.
 #[derive(Clone, Copy, Debug)]

@@ -3,16 +3,16 @@
 //! per directory, so a readdir cookie stays valid over every change and restart.
 
 use super::acl::AclKind;
-use super::error::{Result, os};
+use super::error::{Result, of, os};
 use super::inode::{Attr, dir_mut, new_inode};
 use super::state::{FIRST_ENTRY, Tx};
 use super::{Fs, NAME_MAX};
+use crate::log;
 use crate::tree::key::{self, KeyRef};
-use crate::tree::value::{Body, Dirent, Entry, FileType};
+use crate::tree::value::{Body, Dirent, Entry, FileType, TARGET_MAX};
 use crate::types::Ino;
+use std::collections::HashSet;
 
-/// Longest target of a symbolic link, in bytes.
-const SYMLINK_MAX: usize = 4095;
 /// Most names an inode can have.
 const LINK_MAX: u32 = 65_000;
 
@@ -76,7 +76,7 @@ impl Fs {
             b"." => dir,
             b".." => *dir_mut(&mut state.inode(&*self.frames, dir)?)?.parent,
             _ => match state.get(&*self.frames, &key::dirent(dir, name))? {
-                Some(value) => Dirent::decode(&value)?.ino,
+                Some(value) => dirent(dir, &value)?.ino,
                 None => return os(libc::ENOENT),
             },
         };
@@ -87,7 +87,7 @@ impl Fs {
     /// Makes a file, directory, symbolic link, device, fifo or socket.
     pub fn make(&self, dir: Ino, name: &[u8], node: &NewNode<'_>, caller: Caller) -> Result<Attr> {
         check_name(name)?;
-        if node.kind == FileType::Symlink && (node.target.is_empty() || node.target.len() > SYMLINK_MAX) {
+        if node.kind == FileType::Symlink && (node.target.is_empty() || node.target.len() > TARGET_MAX) {
             return os(if node.target.is_empty() { libc::ENOENT } else { libc::ENAMETOOLONG });
         }
         let mut tx = self.begin_growing()?;
@@ -223,7 +223,7 @@ impl Fs {
         }
         let after = cookie.max(FIRST_ENTRY - 1);
         for (key, value) in state.range(&*self.frames, key::entries_after(dir, after), limit)? {
-            let entry = Entry::decode(&value)?;
+            let entry = Entry::decode(&value).map_err(|e| of(format!("directory {}", dir.0), e))?;
             if let Some(KeyRef::Entry { id: cookie, .. }) = key::parse(&key) {
                 items.push(DirItem { ino: entry.ino, cookie, kind: entry.kind, name: entry.name.to_vec() });
             }
@@ -250,6 +250,10 @@ impl Fs {
     }
 }
 
+fn dirent(dir: Ino, value: &[u8]) -> Result<Dirent> {
+    Ok(Dirent::decode(value).map_err(|e| of(format!("directory {}", dir.0), e))?)
+}
+
 fn check_name(name: &[u8]) -> Result<()> {
     if name.len() > NAME_MAX { os(libc::ENAMETOOLONG) } else { Ok(()) }
 }
@@ -259,7 +263,7 @@ impl Tx<'_> {
     pub fn entry(&mut self, dir: Ino, name: &[u8]) -> Result<Option<Dirent>> {
         dir_mut(self.inode(dir)?)?;
         match self.st.get(self.frames(), &key::dirent(dir, name))? {
-            Some(value) => Ok(Some(Dirent::decode(&value)?)),
+            Some(value) => Ok(Some(dirent(dir, &value)?)),
             None => Ok(None),
         }
     }
@@ -315,9 +319,12 @@ impl Tx<'_> {
     fn remove_entry(&mut self, dir: Ino, name: &[u8], entry: &Dirent) -> Result<()> {
         let now = self.now;
         let parent = self.inode(dir)?;
-        *dir_mut(parent)?.entries -= 1;
+        let miscounted =
+            || log::Error::corrupt(format!("inode {}", dir.0), "has more entries than it counts");
+        let entries = dir_mut(parent)?.entries;
+        *entries = entries.checked_sub(1).ok_or_else(miscounted)?;
         if entry.kind == FileType::Directory {
-            parent.nlink -= 1;
+            parent.nlink = parent.nlink.checked_sub(1).ok_or_else(miscounted)?;
         }
         (parent.mtime, parent.ctime) = (now, now);
         self.put(key::dirent(dir, name), None);
@@ -347,12 +354,17 @@ impl Tx<'_> {
         if moved.kind != FileType::Directory || old_dir == new_dir {
             return Ok(());
         }
-        let mut at = new_dir;
+        let (mut at, mut passed) = (new_dir, HashSet::new());
         while at != Ino::ROOT {
             if at == moved.ino {
                 return os(libc::EINVAL);
             }
-            at = *dir_mut(self.inode(at)?)?.parent;
+            if !passed.insert(at) {
+                let detail = "it lies below itself, so that no way leads to the root";
+                return Err(log::Error::corrupt(format!("inode {}", at.0), detail).into());
+            }
+            // Not kept as what is to be changed: there may be many.
+            at = *dir_mut(&mut self.st.inode(self.frames(), at)?)?.parent;
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 //! everything but `active` is immutable, so a commit takes the whole change by a pointer swap.
 
 use super::dirty::DirtyFile;
-use super::error::{Error, Result, os};
+use super::error::{Error, Result, of, os};
 use super::inode::new_inode;
 use super::lookups::Lookups;
 use super::{Fs, Settings};
@@ -124,7 +124,8 @@ impl State {
             levels: Vec::new(),
             tree: recovery.tree,
             generation: CommitNo(recovery.last_commit.0 + 1),
-            first_new: recovery.next_ino,
+            // A reader makes none, so nothing that it sees is new, whatever the counter says.
+            first_new: if settings.read_only { u64::MAX } else { recovery.next_ino },
             changed_at: None,
             next_ino: recovery.next_ino,
             live_bytes: recovery.live_bytes,
@@ -233,9 +234,17 @@ impl State {
         Ok(Levels { maps: &maps, tree: &self.tree, frames }.range(&range.start, &range.end, limit)?)
     }
 
+    /// The greatest key in `range`, with its value.
+    pub fn last(&self, frames: &dyn Frames, range: Range<Key>) -> Result<Option<(Key, Value)>> {
+        let mut maps: Vec<&Delta> = Vec::with_capacity(self.levels.len() + 1);
+        maps.push(&self.active);
+        maps.extend(self.levels.iter().map(|l| &*l.delta));
+        Ok(Levels { maps: &maps, tree: &self.tree, frames }.last(&range.start, &range.end)?)
+    }
+
     pub fn inode(&self, frames: &dyn Frames, ino: Ino) -> Result<Inode> {
         match self.get(frames, &key::inode(ino))? {
-            Some(value) => Ok(Inode::decode(&value)?),
+            Some(value) => Ok(Inode::decode(&value).map_err(|e| of(format!("inode {}", ino.0), e))?),
             None => os(libc::ESTALE),
         }
     }

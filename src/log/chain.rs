@@ -25,6 +25,10 @@ pub(super) const WINDOW: usize = 16;
 /// A segment's end is asked for in one request of this many bytes: trailer, index, and often the deltas.
 const TAIL_LEN: u64 = 64 << 10;
 const LIST_PAGE: usize = 1000;
+/// The deltas of a segment may unpack to so many bytes, and to so many for each byte of the segment. A writer's small
+/// segments are closed long before; in large ones (the removal of a huge file) deltas shrink to a quarter.
+const UNPACKED_FREE: u64 = 256 << 20;
+const UNPACKED_PER_BYTE: u64 = 16;
 /// More segments than this behind a missing one were not in flight together.
 const IN_FLIGHT_MAX: usize = 256;
 
@@ -145,12 +149,15 @@ impl Source<'_> {
         pieces.push((end.size - end.tail.len() as u64, end.tail.clone()));
         let cipher = SegmentCipher::new(ctx, end.trailer.header);
         let mut commits = Vec::with_capacity(index.commits.len());
+        let mut room = UNPACKED_FREE + UNPACKED_PER_BYTE * end.size;
         for commit in &index.commits {
             let mut parts = Vec::with_capacity(commit.deltas.len());
             for ptr in commit.deltas.clone().filter_map(|i| index.ptr(self.seq, i)) {
                 let sealed = cut(&pieces, &ptr.range()).map(|sealed| sealed.to_vec()).unwrap_or_default();
-                let plain = cipher.open(ptr, FrameKind::Delta, sealed);
-                parts.push(plain.map_err(|e| self.blame(e))?);
+                let plain = cipher.open(ptr, FrameKind::Delta, sealed).map_err(|e| self.blame(e))?;
+                let left = room.checked_sub(plain.len() as u64);
+                room = left.ok_or_else(|| Error::corrupt(self.object(), "its deltas unpack to too much"))?;
+                parts.push(plain);
             }
             let opened = assemble(commit, &parts);
             commits.push(opened.ok_or_else(|| Error::corrupt(self.object(), "deltas do not fit the index"))?);

@@ -14,8 +14,12 @@ use bytes::Bytes;
 pub const PREFIX_LEN: usize = 8;
 /// Bytes a frame has beside its (compressed) contents.
 pub const FRAME_OVERHEAD: usize = PREFIX_LEN + TAG_LEN;
-/// Longest plain contents of one frame, in bytes; also bounds what a decompressor is made to allocate.
-pub const FRAME_PLAIN_MAX: usize = 256 << 20;
+/// Longest plain contents of a frame other than an index, in bytes. Far more than a record, a page or a delta takes.
+pub const FRAME_PLAIN_MAX: usize = 16 << 20;
+/// Longest plain contents of an index, in bytes.
+const INDEX_PLAIN_MAX: usize = 256 << 20;
+/// An LZ4 block does not grow by more than this factor: a byte of it stands for 255 bytes at most.
+const LZ4_FACTOR_MAX: usize = 255;
 
 const FLAG_LZ4: u8 = 1;
 /// Below this many bytes compression is not tried.
@@ -53,9 +57,9 @@ impl SegmentCipher {
     }
 
     /// Appends `plain`, sealed as the frame of `kind` at `offset`, to `out`. The caller has made sure that `offset`
-    /// was never sealed before under this cipher, and that `plain` is at most [`FRAME_PLAIN_MAX`] bytes.
+    /// was never sealed before under this cipher, and that `plain` is not longer than a frame of its kind may be.
     pub fn seal_into(&self, offset: u32, kind: FrameKind, plain: &[u8], out: &mut Vec<u8>) -> FramePtr {
-        assert!(plain.len() <= FRAME_PLAIN_MAX, "a frame of {} bytes", plain.len());
+        assert!(plain.len() <= plain_max(kind), "a frame of {} bytes", plain.len());
         let start = out.len();
         out.extend_from_slice(&[0; PREFIX_LEN]);
         let flags = if compress_onto(plain, out) {
@@ -92,7 +96,7 @@ impl SegmentCipher {
             .open(ptr.offset.into(), &associated, contents)
             .map_err(|_| bad("authentication failed"))?;
         if prefix.flags & FLAG_LZ4 != 0 {
-            return decompress(&sealed[PREFIX_LEN..end])
+            return decompress(&sealed[PREFIX_LEN..end], plain_max(kind))
                 .map(Bytes::from)
                 .ok_or_else(|| bad("does not decompress"));
         }
@@ -140,7 +144,7 @@ impl Prefix {
         let flags = fields.u8()?;
         let plausible = fields.u16()? == 0
             && flags & !FLAG_LZ4 == 0
-            && (FRAME_OVERHEAD..=FRAME_PLAIN_MAX + FRAME_OVERHEAD).contains(&(len as usize));
+            && (FRAME_OVERHEAD..=plain_max(kind) + FRAME_OVERHEAD).contains(&(len as usize));
         plausible.then_some(Prefix { len, kind, flags })
     }
 }
@@ -173,9 +177,17 @@ fn compress_onto(plain: &[u8], out: &mut Vec<u8>) -> bool {
     }
 }
 
-fn decompress(contents: &[u8]) -> Option<Vec<u8>> {
+fn plain_max(kind: FrameKind) -> usize {
+    if kind == FrameKind::Index { INDEX_PLAIN_MAX } else { FRAME_PLAIN_MAX }
+}
+
+/// The plain bytes, if they are at most `max`. What is claimed is not allocated unless the block can be so long.
+fn decompress(contents: &[u8], max: usize) -> Option<Vec<u8>> {
     let mut fields = Fields(contents);
-    let len = usize::try_from(fields.u32()?).ok().filter(|len| *len <= FRAME_PLAIN_MAX)?;
+    let len = fields.u32()? as usize;
+    if len > max || len > fields.0.len().saturating_mul(LZ4_FACTOR_MAX) {
+        return None;
+    }
     let mut plain = vec![0; len];
     let filled = lz4_flex::block::decompress_into(fields.0, &mut plain).ok()?;
     (filled == len).then_some(plain)
@@ -217,7 +229,7 @@ impl DeltaHeader {
         if fields.u8()? != Self::VERSION {
             return None;
         }
-        let no = CommitNo(fields.u64()?);
+        let no = fields.commit()?;
         let time = fields.time()?;
         let part = fields.u32()?;
         let last = match fields.u8()? {

@@ -69,7 +69,7 @@ impl Index {
         }
         let mut commits: Vec<IndexedCommit> = Vec::with_capacity(commit_count.min(plain.len() / 28));
         for _ in 0..commit_count {
-            let no = CommitNo(fields.u64()?);
+            let no = fields.commit()?;
             let time = fields.time()?;
             let start = fields.u32()? as usize;
             let deltas = start..start.checked_add(fields.u32()? as usize)?;

@@ -84,6 +84,27 @@ impl Error {
     }
 }
 
+/// A fuzz target: a segment's file that a crash left, with anything in it.
+#[cfg(feature = "fuzzing")]
+pub fn fuzz_torn(ctx: &segment::VolumeContext, seq: Seq, bytes: &[u8]) {
+    if let Ok(torn) = torn::scan(ctx, seq, bytes, std::path::Path::new("log/1")) {
+        torn.fuzz_check(bytes);
+    }
+    if let Some((trailer, _)) = chain::trailer_of(ctx, seq, bytes) {
+        let range = trailer.index_offset as usize..trailer.body_len() as usize;
+        let sealed = bytes.get(range).unwrap_or_default().to_vec();
+        let _ = (torn::body_holds(&trailer, bytes), chain::open_index(ctx, &trailer, sealed));
+    }
+}
+
+/// A fuzz target: the name of an object that may be anything.
+#[cfg(feature = "fuzzing")]
+pub fn fuzz_name(name: &str) {
+    if let Some(seq) = segment::seq_of_name(name) {
+        assert!(segment::segment_name(seq).ends_with(name.rsplit('/').next().unwrap_or_default()));
+    }
+}
+
 /// Reads opened frames. It never waits for the network: what is only in the store is [`Error::Missing`], and the
 /// caller has it fetched and tries again.
 pub trait Frames: Send + Sync {

@@ -9,7 +9,7 @@ use crate::crypto::sign::{PublicKey, SIGNATURE_LEN, SecretKey};
 use crate::disk::{FileRef, Mode};
 use crate::types::{CommitNo, Epoch, Hash, Head, Seq, Timestamp, VolumeId};
 
-pub use super::frame::{DeltaHeader, SegmentCipher};
+pub use super::frame::{DeltaHeader, FRAME_OVERHEAD, FRAME_PLAIN_MAX, SegmentCipher};
 pub use super::index::{Index, IndexedCommit};
 
 /// Version of the segment format this build writes, and the only one it reads.
@@ -20,6 +20,9 @@ pub const HEADER_LEN: usize = 96;
 pub const TRAILER_LEN: usize = 344;
 /// No segment grows beyond this many bytes, so that every offset in it fits 32 bits with room to spare.
 pub const SEGMENT_LEN_MAX: u64 = 3 << 30;
+
+/// No segment and no commit has a higher number: who counts on from one never comes to the end of the numbers.
+pub const NUMBER_MAX: u64 = i64::MAX as u64;
 
 const HEADER_MAGIC: [u8; 8] = *b"EMBFSSEG";
 const HEADER_CHECKED: usize = 80;
@@ -82,6 +85,11 @@ impl Fields<'_> {
 
     pub fn u64(&mut self) -> Option<u64> {
         self.bytes().map(u64::from_le_bytes)
+    }
+
+    /// The number of a commit: not 0, and never so high that those behind it have none.
+    pub fn commit(&mut self) -> Option<CommitNo> {
+        self.u64().filter(|no| (1..=NUMBER_MAX).contains(no)).map(CommitNo)
     }
 
     pub fn time(&mut self) -> Option<Timestamp> {
@@ -184,7 +192,7 @@ impl UncheckedHeader {
         if header.volume != ctx.id {
             return bad(format!("belongs to volume {}, not to {}", header.volume, ctx.id));
         }
-        if header.seq != seq || seq.0 == 0 || header.epoch.0 == 0 {
+        if header.seq != seq || !(1..=NUMBER_MAX).contains(&seq.0) || header.epoch.0 == 0 {
             return bad(format!("says it is segment {} of epoch {}", header.seq, header.epoch.0));
         }
         if header.key_id != ctx.key_id {
@@ -340,6 +348,9 @@ impl UncheckedTrailer {
             let stored = Seq(fields.u64()?);
             let prev = Head { seq: Seq(fields.u64()?), hash: Hash(fields.bytes()?) };
             if zero != 0 || (prev.seq.0 == 0 && prev.hash != Hash::default()) {
+                return None;
+            }
+            if first_commit > last_commit || last_commit.0 > NUMBER_MAX {
                 return None;
             }
             Some(Trailer {

@@ -38,6 +38,14 @@ impl Torn {
         Torn { header: None, index: Index::default(), end: 0, commits: Vec::new() }
     }
 
+    /// What is kept lies within the bytes and ends where its frames end.
+    #[cfg(feature = "fuzzing")]
+    pub fn fuzz_check(&self, bytes: &[u8]) {
+        let end = self.index.frames.last().map_or(0, |(_, offset, len)| (offset + len) as usize);
+        assert!(end == self.end && end <= bytes.len());
+        assert_eq!(self.index.commits.len(), self.commits.len());
+    }
+
     /// Epoch of the segment, if anything of it is kept.
     pub fn epoch(&self) -> Option<Epoch> {
         self.header.map(|header| header.epoch)

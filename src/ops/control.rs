@@ -81,6 +81,19 @@ enum Reply {
     Error { message: String, status: Option<Status> },
 }
 
+/// A fuzz target: an answer that may be anything.
+#[cfg(feature = "fuzzing")]
+pub fn fuzz_reply(line: &[u8]) {
+    if let Ok(reply) = serde_json::from_slice::<Reply>(line) {
+        let again = serde_json::to_vec(&reply).expect("plain data");
+        assert!(serde_json::from_slice::<Reply>(&again).is_ok());
+        if let Reply::Ok(status) = reply {
+            let _ =
+                (status.to_string(), status.headline(), status.unsent_in_words(), status.ending_in_words());
+        }
+    }
+}
+
 /// Why a request was not fulfilled.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {

@@ -12,5 +12,11 @@ pub use opening::Version;
 
 pub use io::Io;
 
+/// A fuzz target: a pin that may be anything.
+#[cfg(feature = "fuzzing")]
+pub fn fuzz_pin(bytes: &[u8]) {
+    let _ = opening::parse_pin(bytes);
+}
+
 pub use durable::{Durable, Position, Protection, Snapshot, WaitError};
 pub use uploader::{Upload, UploadMetrics, Uploader};

@@ -13,7 +13,7 @@ use crate::log::volume::{self, Superblock, UnverifiedSuperblock};
 use crate::log::{Error, Result};
 use crate::store::{Store, StoreError};
 use crate::tree::checkpoint::{self, Root};
-use crate::tree::{Counters, Delta, Tree, delta};
+use crate::tree::{Counters, Delta, Tree, delta, memtable};
 use crate::types::{CommitNo, Hash, Head, Seq, Timestamp, unhex};
 use bytes::Bytes;
 use std::time::Duration;
@@ -26,6 +26,9 @@ const REACH_TIMEOUT: Duration = Duration::from_secs(10);
 const CHECKPOINT_MAX: u64 = 64 << 10;
 /// Checkpoint names asked for at once.
 const LIST_PAGE: usize = 1000;
+
+/// A replay may take this much memory on any host, in bytes; more only where it is half of what the host has at most.
+const REPLAY_MIN: usize = 1 << 30;
 
 /// Which version of the volume to open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,17 +121,17 @@ pub(super) async fn recover(
         replay_seq: root.replay_seq,
         prev: root.replay_prev,
     });
-    let mut replayed = Delta::new();
+    let mut replayed = Replayed { map: Delta::new(), weight: 0, limit: memory() / 2 };
     let mut counters = root.map(|root| root.counters);
     let mut time = root.map(|root| root.time);
     let mut last = root.map_or(CommitNo(0), |root| root.commit);
-    let mut apply = |no: CommitNo, at: Timestamp, _: Seq, bodies: &[Bytes]| {
+    let mut apply = |no: CommitNo, at: Timestamp, seq: Seq, bodies: &[Bytes]| {
         if !version.includes(no, at) {
             return Ok(Step::Stop);
         }
         if no > last {
-            let (new, changes) = delta::decode(bodies)?;
-            replayed.extend(changes);
+            let (new, changes) = delta::decode(bodies).map_err(|e| of_commit(no, seq, e))?;
+            replayed.take(changes).map_err(|detail| Error::corrupt(segment_name(seq), detail))?;
             counters = Some(new);
             (time, last) = (Some(at), no);
         }
@@ -153,7 +156,7 @@ pub(super) async fn recover(
     Ok(Opened {
         recovery: Recovery {
             tree: Tree { root: root.and_then(|root| root.tree) },
-            replayed,
+            replayed: replayed.map,
             last_commit: last,
             next_ino: counters.next_ino,
             live_bytes: counters.live_bytes,
@@ -164,6 +167,52 @@ pub(super) async fn recover(
         time,
         replay_seq: start.replay_seq,
     })
+}
+
+/// The changes behind a checkpoint, and about how much memory they take.
+struct Replayed {
+    map: Delta,
+    weight: usize,
+    limit: usize,
+}
+
+impl Replayed {
+    /// Takes the changes of the next commit, or says why there are too many: better than to be killed for them.
+    fn take(&mut self, changes: Vec<delta::Change>) -> std::result::Result<(), String> {
+        for (key, value) in changes {
+            self.weight += memtable::weight(&key, &value);
+            if let Some(old) = self.map.get(&key) {
+                self.weight -= memtable::weight(&key, old);
+            }
+            self.map.insert(key, value);
+        }
+        let mib = |bytes| bytes >> 20;
+        match self.weight > self.limit.max(REPLAY_MIN) {
+            false => Ok(()),
+            true => Err(format!(
+                "the changes behind the newest checkpoint take {} MiB up to here, and this host has {} MiB",
+                mib(self.weight),
+                mib(2 * self.limit)
+            )),
+        }
+    }
+}
+
+/// Memory of this host, in bytes.
+fn memory() -> usize {
+    // SAFETY: takes an integer and returns one, or -1.
+    let [pages, size] = [libc::_SC_PHYS_PAGES, libc::_SC_PAGESIZE].map(|name| unsafe { libc::sysconf(name) });
+    usize::try_from(pages).unwrap_or(0).saturating_mul(usize::try_from(size).unwrap_or(0))
+}
+
+/// Says of damage found in a commit's deltas where they lie.
+fn of_commit(no: CommitNo, seq: Seq, error: Error) -> Error {
+    match error {
+        Error::Corrupt { object, detail } => {
+            Error::corrupt(segment_name(seq), format!("{object} of commit {}: {detail}", no.0))
+        }
+        other => other,
+    }
 }
 
 /// The newest checkpoint that belongs to `version`, from here or from the store. One that is damaged is passed
@@ -310,18 +359,19 @@ pub(super) fn write_pin(dir: &StateDir, head: Head) -> Result<()> {
 
 fn read_pin(dir: &StateDir) -> Result<Option<Head>> {
     let Some(bytes) = dir.read(PIN)? else { return Ok(None) };
-    let text = String::from_utf8_lossy(&bytes);
-    let parsed = text.trim_end().split_once(' ').and_then(|(seq, hash)| {
-        let seq = Seq(u64::from_be_bytes(unhex(seq)?));
-        Some(Head { seq, hash: Hash(unhex(hash)?) })
-    });
-    match parsed {
+    match parse_pin(&bytes) {
         Some(head) => Ok(Some(head)),
         None => Err(Error::corrupt(
             dir.root().join(PIN).display(),
             "is damaged; remove it to forget which head was seen (an older store would then go unnoticed)",
         )),
     }
+}
+
+pub(super) fn parse_pin(bytes: &[u8]) -> Option<Head> {
+    let text = String::from_utf8_lossy(bytes);
+    let (seq, hash) = text.trim_end().split_once(' ')?;
+    Some(Head { seq: Seq(u64::from_be_bytes(unhex(seq)?)), hash: Hash(unhex(hash)?) })
 }
 
 /// The newest checkpoint on this host that the store does not have, and the segment it needs: an upload that the last
@@ -339,4 +389,24 @@ pub(super) async fn unsent_checkpoint(
     }
     let Some(root) = usable_checkpoint(ctx, dir, None, &name).await? else { return Ok(None) };
     Ok(dir.read(&name)?.map(|bytes| (name, Bytes::from(bytes), root.root_seq)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tree::Value;
+
+    #[test]
+    fn a_replay_ends_when_its_changes_take_too_much_memory() {
+        let mut replayed = Replayed { map: Delta::new(), weight: 0, limit: 0 };
+        // One buffer behind all values: the account is of what they would take.
+        let value = Value::from(vec![0; 16 << 20]);
+        let change = |n: u8| vec![(vec![n], Some(value.clone()))];
+        for _ in 0..100 {
+            replayed.take(change(0)).expect("the same key again and again");
+        }
+        let refused = (1..100).find(|n| replayed.take(change(*n)).is_err());
+        assert_eq!(refused, Some(63), "64 values of 16 MiB and what stands around them are more than 1 GiB");
+        assert!(memory() > REPLAY_MIN / 16);
+    }
 }

@@ -247,6 +247,7 @@ impl Parts<'_> {
             recovered.next_seq,
             recovered.last_commit,
         )));
+        self.runtime.block_on(check_next_ino(&opened, self.reader))?;
         opened.recovery.orphans = self.runtime.block_on(orphans(&opened, self.reader))?;
         let (sent, unsent) = self.runtime.block_on(split_sent(self.store, &opened));
         let checkpoint =
@@ -299,6 +300,26 @@ impl Parts<'_> {
         fs.orphans().into_iter().for_each(|ino| free_orphan(&fs, ino, self.reader, self.runtime));
         Ok((fs, Some(Home { shipper, committer: Mutex::new(Some(thread)) })))
     }
+}
+
+/// A new inode must not get the number of one that is there.
+async fn check_next_ino(opened: &Opened, reader: &FrameReader) -> Result<()> {
+    let maps = [&opened.recovery.replayed];
+    let levels = crate::tree::Levels { maps: &maps, tree: &opened.recovery.tree, frames: reader };
+    let all = key::everything();
+    let last = loop {
+        match levels.last(&all.start, &all.end) {
+            Err(Error::Missing(ptrs)) => reader.fetch(&ptrs).await?,
+            found => break found?,
+        }
+    };
+    let mut number = [0; 8];
+    last.iter().flat_map(|(key, _)| key).zip(&mut number).for_each(|(byte, place)| *place = *byte);
+    let (found, next) = (u64::from_be_bytes(number), opened.recovery.next_ino);
+    if found < next && next > Ino::ROOT.0 {
+        return Ok(());
+    }
+    Err(Error::corrupt("the tree", format!("it says that the next inode is {next}, but holds inode {found}")))
 }
 
 /// Inodes that were unlinked but open when home went down.

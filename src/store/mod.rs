@@ -9,6 +9,8 @@ pub mod open;
 pub mod remote;
 pub mod retry;
 
+#[cfg(feature = "fuzzing")]
+pub use open::fuzz_url;
 pub use open::{open, open_existing};
 
 use crate::disk::FileRef;

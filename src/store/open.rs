@@ -88,6 +88,19 @@ impl Place {
     }
 }
 
+/// A fuzz target: the address of a store that may be anything.
+#[cfg(feature = "fuzzing")]
+pub fn fuzz_url(url: &str) {
+    let _ = local(url, url, &BTreeMap::new());
+    if let Some((scheme, rest)) = url.split_once("://")
+        && let Ok(place) = Place::parse(url, scheme, rest)
+    {
+        assert!(!place.bucket.is_empty() && place.url.starts_with(scheme));
+    }
+    let shown = bad_url(url).to_string();
+    assert!(!shown.is_empty());
+}
+
 /// The URL without what may be a password in it.
 fn bad_url(url: &str) -> StoreError {
     let shown = match url.split_once("://") {

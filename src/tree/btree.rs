@@ -30,7 +30,7 @@ impl Tree {
         while page.level() > 0 {
             let Some(i) = page.child_of(key)? else { return Ok(None) };
             at = page.child(i)?;
-            page = load(frames, at, Some(page.level() - 1))?;
+            page = load(frames, at, Some(Place::of_level(page.level() - 1)))?;
         }
         match page.search(key)? {
             Ok(i) => Ok(Some(page.value(i)?)),
@@ -65,32 +65,62 @@ impl Tree {
     }
 }
 
-/// The page at `at`, which must be of `level` when its parent has said so.
-pub(super) fn load(frames: &dyn Frames, at: FramePtr, level: Option<u8>) -> Result<Page> {
-    let page = Page::parse(frames.get(at, FrameKind::Page)?, at)?;
-    match level {
-        Some(level) if level != page.level() => {
-            Err(damaged(at, format!("level {} where {level} belongs", page.level())))
-        }
-        _ => Ok(page),
+/// Where a page belongs: what its parent says of it.
+#[derive(Clone, Copy)]
+pub(super) struct Place<'a> {
+    pub level: u8,
+    /// None of its keys is less.
+    pub first: &'a [u8],
+    /// All of its keys are less; `None`: there is no bound.
+    pub end: Option<&'a [u8]>,
+}
+
+impl<'a> Place<'a> {
+    /// Anywhere on this level: enough for one way down, which ends in any case.
+    pub fn of_level(level: u8) -> Place<'a> {
+        Place { level, first: &[], end: None }
     }
+
+    /// Below entry `i` of `page`, whose own keys are less than `end`.
+    pub fn below(page: &'a Page, i: usize, end: Option<&'a [u8]>) -> Result<Place<'a>> {
+        let end = if i + 1 < page.count() { Some(page.key(i + 1)?) } else { end };
+        Ok(Place { level: page.level().saturating_sub(1), first: page.key(i)?, end })
+    }
+}
+
+/// The page at `at`, which must be what its parent says, when it has one. Because its keys must fit, no page is met
+/// under two entries: who goes through a range sees each page once, whatever somebody has sealed.
+pub(super) fn load(frames: &dyn Frames, at: FramePtr, place: Option<Place<'_>>) -> Result<Page> {
+    let page = Page::parse(frames.get(at, FrameKind::Page)?, at)?;
+    let Some(Place { level, first, end }) = place else { return Ok(page) };
+    if level != page.level() {
+        return Err(damaged(at, format!("level {} where {level} belongs", page.level())));
+    }
+    let outside = page.key(0)? < first
+        || match end {
+            Some(end) => page.key(page.count() - 1)? >= end,
+            None => false,
+        };
+    if outside { Err(damaged(at, "its keys belong elsewhere")) } else { Ok(page) }
 }
 
 fn last_below(
     frames: &dyn Frames,
     at: FramePtr,
-    level: Option<u8>,
+    place: Option<Place<'_>>,
     lo: &[u8],
     hi: &[u8],
 ) -> Result<Option<(Key, Value)>> {
-    let page = load(frames, at, level)?;
+    let page = load(frames, at, place)?;
+    let page_end = place.and_then(|place| place.end);
     let (Ok(end) | Err(end)) = page.search(hi)?;
     for i in (0..end).rev() {
         let (key, value) = page.entry(i)?;
         if page.level() == 0 {
             return Ok((key >= lo).then(|| (key.to_vec(), Value::from(value))));
         }
-        if let Some(found) = last_below(frames, page.child(i)?, Some(page.level() - 1), lo, hi)? {
+        let child = Place::below(&page, i, page_end)?;
+        if let Some(found) = last_below(frames, page.child(i)?, Some(child), lo, hi)? {
             return Ok(Some(found));
         }
         if key <= lo {
@@ -109,14 +139,18 @@ struct Scan<'a> {
 }
 
 impl Scan<'_> {
-    fn visit(&mut self, at: FramePtr, level: Option<u8>) -> Result<()> {
-        let page = load(self.frames, at, level)?;
+    fn visit(&mut self, at: FramePtr, place: Option<Place<'_>>) -> Result<()> {
+        let page = load(self.frames, at, place)?;
         if page.level() == 0 {
             let (Ok(start) | Err(start)) = page.search(self.lo)?;
             for i in start..page.count() {
                 let (key, value) = page.entry(i)?;
                 if key >= self.hi || self.out.len() >= self.limit {
                     break;
+                }
+                // Whoever goes on behind the last key must not come back to it.
+                if key < self.lo || self.out.last().is_some_and(|(last, _)| last.as_slice() >= key) {
+                    return Err(damaged(at, format!("entry {i} is out of order")));
                 }
                 self.out.push((key.to_vec(), Value::from(value)));
             }
@@ -127,7 +161,8 @@ impl Scan<'_> {
             if (i > start && page.key(i)? >= self.hi) || self.out.len() >= self.limit {
                 break;
             }
-            match self.visit(page.child(i)?, Some(page.level() - 1)) {
+            let child = Place::below(&page, i, place.and_then(|place| place.end))?;
+            match self.visit(page.child(i)?, Some(child)) {
                 Err(Error::Missing(missing)) => return Err(self.missing_from(&page, i + 1, missing)),
                 other => other?,
             }

@@ -71,11 +71,11 @@ impl Root {
     pub fn decode(bytes: &[u8], object: &str) -> Result<Root> {
         let mut r = Reader::versioned(bytes, object, ROOT_VERSION)?;
         let flags = r.u8()?;
-        let (commit, time) = (CommitNo(r.u64()?), r.time()?);
+        let (commit, time) = (CommitNo(r.number()?), r.time()?);
         let counters = Counters::take(&mut r)?;
-        let (root_seq, replay_seq) = (Seq(r.u64()?), Seq(r.u64()?));
+        let (root_seq, replay_seq) = (Seq(r.number()?), Seq(r.number()?));
         let tree = r.ptr()?;
-        let prev = Head { seq: Seq(r.u64()?), hash: Hash(r.array()?) };
+        let prev = Head { seq: Seq(r.number()?), hash: Hash(r.array()?) };
         r.finish()?;
         let root = Root {
             tree: (flags & HAS_TREE != 0).then_some(tree),
@@ -95,6 +95,9 @@ impl Root {
         }
         if root.replay_prev.is_some_and(|prev| prev.seq >= replay_seq) {
             return Err(r.bad("the segments before and after the commit are not in order"));
+        }
+        if root.replay_prev.is_none() && replay_seq != Seq(1) {
+            return Err(r.bad("the log goes on in the middle, behind nothing"));
         }
         Ok(root)
     }

@@ -1,6 +1,7 @@
 //! Reading and writing the fixed-width fields that the tree's formats are made of. Numbers are little endian.
 //! Invariant: no input makes a read panic; what is short, long or out of range is [`Error::Corrupt`].
 
+use crate::log::segment::{FRAME_OVERHEAD, FRAME_PLAIN_MAX, NUMBER_MAX};
 use crate::log::{Error, Result};
 use crate::types::{FramePtr, Seq, Timestamp};
 
@@ -72,7 +73,20 @@ impl<'a> Reader<'a> {
     }
 
     pub fn ptr(&mut self) -> Result<FramePtr> {
-        Ok(FramePtr { seq: Seq(self.u64()?), offset: self.u32()?, len: self.u32()? })
+        let ptr = FramePtr { seq: Seq(self.u64()?), offset: self.u32()?, len: self.u32()? };
+        // Who reads the frame makes room for it first.
+        if ptr.len as usize > FRAME_PLAIN_MAX + FRAME_OVERHEAD {
+            return Err(self.bad(format!("points to a frame of {} bytes", ptr.len)));
+        }
+        Ok(ptr)
+    }
+
+    /// A number that one can count on from: it is not near the end of all numbers.
+    pub fn number(&mut self) -> Result<u64> {
+        match self.u64()? {
+            number if number <= NUMBER_MAX => Ok(number),
+            number => Err(self.bad(format!("counts to {number}"))),
+        }
     }
 
     pub fn time(&mut self) -> Result<Timestamp> {

@@ -48,7 +48,7 @@ impl Counters {
     }
 
     pub(super) fn take(r: &mut Reader<'_>) -> Result<Counters> {
-        Ok(Counters { next_ino: r.u64()?, live_bytes: r.u64()?, inodes: r.u64()? })
+        Ok(Counters { next_ino: r.number()?, live_bytes: r.number()?, inodes: r.number()? })
     }
 }
 

@@ -3,7 +3,7 @@
 //! except for the one neighbour that a page which shrank below a quarter is packed with. Nothing is written before
 //! all that the changes touch was here once and is whole; what a small cache has let go by then is fetched again.
 
-use super::btree::{Tree, load};
+use super::btree::{Place, Tree, load};
 use super::codec::{Reader, ptr_bytes};
 use super::delta::{Delta, Value};
 use super::key::Key;
@@ -46,9 +46,9 @@ pub struct Source<'a> {
 }
 
 impl Source<'_> {
-    fn load(&self, at: FramePtr, level: Option<u8>) -> Result<Page> {
+    fn load(&self, at: FramePtr, place: Option<Place<'_>>) -> Result<Page> {
         for _ in 0..FETCHES_MAX {
-            match load(self.frames, at, level) {
+            match load(self.frames, at, place) {
                 Err(Error::Missing(ptrs)) => (self.fetch)(&ptrs)?,
                 done => return done,
             }
@@ -83,7 +83,7 @@ impl Tree {
         let mut survey =
             Survey { source, all: changes, changes: changes.iter().peekable(), touched: HashSet::new() };
         if let Some(root) = self.root
-            && !survey.visit(root, None, None)?
+            && !survey.visit(root, None)?
         {
             return Ok(MergeOutcome { tree: *self, ..MergeOutcome::default() });
         }
@@ -98,7 +98,7 @@ impl Tree {
             out,
         };
         match self.root {
-            Some(root) => rewrite.visit(root, None, &[], None)?,
+            Some(root) => rewrite.visit(root, None)?,
             None => rewrite.take_changes()?,
         }
         rewrite.outcome.tree.root = rewrite.finish()?;
@@ -117,11 +117,6 @@ fn any_before(changes: &mut Changes<'_>, end: Option<&[u8]>) -> bool {
     changes.peek().is_some_and(|(key, _)| end.is_none_or(|end| key.as_slice() < end))
 }
 
-/// The first key after the subtree of child `i`.
-fn end_of_child<'a>(page: &'a Page, i: usize, end: Option<&'a [u8]>) -> Result<Option<&'a [u8]>> {
-    if i + 1 < page.count() { page.key(i + 1).map(Some) } else { Ok(end) }
-}
-
 /// Finds the pages that the changes have an effect on.
 struct Survey<'a> {
     source: Source<'a>,
@@ -131,9 +126,10 @@ struct Survey<'a> {
 }
 
 impl Survey<'_> {
-    fn visit(&mut self, at: FramePtr, level: Option<u8>, end: Option<&[u8]>) -> Result<bool> {
-        let page = self.source.load(at, level)?;
+    fn visit(&mut self, at: FramePtr, place: Option<Place<'_>>) -> Result<bool> {
+        let page = self.source.load(at, place)?;
         page.verify()?;
+        let end = place.and_then(|place| place.end);
         let mut touched = false;
         if page.level() == 0 {
             while let Some((key, value)) = next_before(&mut self.changes, end) {
@@ -148,9 +144,9 @@ impl Survey<'_> {
             let children = self.children_with_changes(&page, end)?;
             self.source.bring(children.into_iter())?;
             for i in 0..page.count() {
-                let child_end = end_of_child(&page, i, end)?;
-                if any_before(&mut self.changes, child_end) {
-                    touched |= self.visit(page.child(i)?, Some(page.level() - 1), child_end)?;
+                let child = Place::below(&page, i, end)?;
+                if any_before(&mut self.changes, child.end) {
+                    touched |= self.visit(page.child(i)?, Some(child))?;
                 }
             }
         }
@@ -166,7 +162,7 @@ impl Survey<'_> {
         let mut next = self.changes.peek().map(|(key, _)| *key);
         let mut found = Vec::new();
         for i in 0..page.count() {
-            let child_end = end_of_child(page, i, end)?;
+            let child_end = Place::below(page, i, end)?.end;
             let Some(key) = next else { break };
             if child_end.is_none_or(|end| key.as_slice() < end) {
                 found.push(page.child(i)?);
@@ -205,22 +201,22 @@ struct Rewrite<'a, 'o> {
 }
 
 impl Rewrite<'_, '_> {
-    /// Takes the subtree at `at` over, with the changes before `end`.
-    fn visit(&mut self, at: FramePtr, level: Option<u8>, first: &[u8], end: Option<&[u8]>) -> Result<()> {
-        if let Some(level) = level
+    /// Takes the subtree at `at` over, with the changes before its end.
+    fn visit(&mut self, at: FramePtr, place: Option<Place<'_>>) -> Result<()> {
+        let end = place.and_then(|place| place.end);
+        if let Some(Place { level, first, .. }) = place
             && !self.touched.contains(&at)
         {
             while next_before(&mut self.changes, end).is_some() {}
             return self.keep(at, level, first);
         }
-        let page = self.source.load(at, level)?;
+        let page = self.source.load(at, place)?;
         self.outcome.dead.push(at);
         if page.level() > 0 {
             let children: Vec<FramePtr> = (0..page.count()).map(|i| page.child(i)).collect::<Result<_>>()?;
             self.source.bring(children.into_iter().filter(|child| self.touched.contains(child)))?;
             for i in 0..page.count() {
-                let child_end = end_of_child(&page, i, end)?;
-                self.visit(page.child(i)?, Some(page.level() - 1), page.key(i)?, child_end)?;
+                self.visit(page.child(i)?, Some(Place::below(&page, i, end)?))?;
             }
             return Ok(());
         }
@@ -254,7 +250,7 @@ impl Rewrite<'_, '_> {
     /// Takes the page at `at` over as it is, unless what is left of a rewritten neighbour needs company.
     fn keep(&mut self, at: FramePtr, level: u8, first: &[u8]) -> Result<()> {
         for below in 0..=level {
-            if self.is_small(below) && at.len as usize <= 2 * self.page_size && self.open(at, level)? {
+            if self.is_small(below) && at.len as usize <= 2 * self.page_size && self.open(at, level, first)? {
                 return Ok(());
             }
             self.flush(below, false)?;
@@ -263,8 +259,8 @@ impl Rewrite<'_, '_> {
     }
 
     /// Takes the entries of an unchanged page over instead of the page. It can wait if the page is not here.
-    fn open(&mut self, at: FramePtr, level: u8) -> Result<bool> {
-        let page = match load(self.source.frames, at, Some(level)) {
+    fn open(&mut self, at: FramePtr, level: u8, first: &[u8]) -> Result<bool> {
+        let page = match load(self.source.frames, at, Some(Place { level, first, end: None })) {
             Err(Error::Missing(_)) => return Ok(false),
             page => page?,
         };
@@ -303,7 +299,14 @@ impl Rewrite<'_, '_> {
         if self.levels.len() <= n {
             self.levels.resize_with(n + 1, Level::default);
         }
-        let pending = &self.levels[n].pending;
+        let Level { held, pending } = &self.levels[n];
+        // What somebody has sealed may be in any order; what is written here is not, and so a merge comes to an end.
+        if [pending, held].iter().find_map(|run| run.last_key()).is_some_and(|last| last >= key) {
+            return Err(Error::corrupt(
+                "tree",
+                "the keys of its pages are out of order; no page is made of them",
+            ));
+        }
         let close_from = if level == 0 { 1 } else { FANOUT_MIN };
         if pending.count() >= close_from && pending.page_len() + Run::entry_len(key, value) > self.page_size {
             self.write_held(level)?;
@@ -382,7 +385,7 @@ impl Rewrite<'_, '_> {
     /// The root of a tree whose root would be `at`, without the levels that have only one page.
     fn collapse(&mut self, mut at: FramePtr, mut level: u8) -> Result<FramePtr> {
         while level > 0 {
-            match load(self.source.frames, at, Some(level)) {
+            match load(self.source.frames, at, Some(Place::of_level(level))) {
                 Ok(page) if page.count() == 1 => {
                     self.outcome.dead.push(at);
                     at = page.child(0)?;

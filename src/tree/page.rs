@@ -79,7 +79,7 @@ impl Page {
         if self.level == 0 || value.len() != PTR_LEN {
             return Err(damaged(self.at, format!("entry {i} does not point to a page")));
         }
-        Reader::new(value, "tree page").ptr()
+        Reader::new(value, &name_of(self.at)).ptr()
     }
 
     /// The entry with `key` (`Ok`), or the place where it would be (`Err`).
@@ -135,7 +135,11 @@ impl Page {
 }
 
 pub(super) fn damaged(at: FramePtr, detail: impl ToString) -> Error {
-    Error::corrupt(format!("tree page {at:?}"), detail)
+    Error::corrupt(name_of(at), detail)
+}
+
+fn name_of(at: FramePtr) -> String {
+    format!("tree page {at:?}")
 }
 
 /// Entries in order, on their way into pages.
@@ -167,6 +171,11 @@ impl Run {
         let shift = self.body.len() as u32;
         self.starts.extend(other.starts.drain(..).map(|start| start + shift));
         self.body.append(&mut other.body);
+    }
+
+    /// The key of the last entry.
+    pub fn last_key(&self) -> Option<&[u8]> {
+        self.count().checked_sub(1).map(|i| self.entry(i).0)
     }
 
     /// Number of entries.

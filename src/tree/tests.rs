@@ -1,6 +1,6 @@
 //! The tree against a model: random changes, cold caches, and how much work a merge may do.
 
-use super::btree::load;
+use super::btree::{Place, load};
 use super::memtable::weight;
 use super::page::Page;
 use super::*;
@@ -87,7 +87,7 @@ impl Pages {
         let mut left: Vec<_> = tree.root.map(|root| (root, None, Vec::new())).into_iter().collect();
         while let Some((at, level, first)) = left.pop() {
             self.warm.lock().unwrap().insert(at);
-            let page = load(self, at, level).unwrap();
+            let page = load(self, at, level.map(Place::of_level)).unwrap();
             page.verify().unwrap();
             assert!(page.key(0).unwrap() >= first.as_slice());
             for i in 0..if page.level() == 0 { 0 } else { page.count() } {

@@ -12,6 +12,13 @@ const VERSION: u8 = 1;
 /// The permission bits with set-user-id, set-group-id and sticky.
 pub const MODE_MASK: u32 = 0o7777;
 
+/// Longest name in a directory, in bytes.
+pub const NAME_MAX: usize = 255;
+/// Longest target of a symbolic link, in bytes.
+pub const TARGET_MAX: usize = 4095;
+/// No inode has more links: one can be added without a thought.
+const LINKS_MAX: u32 = i32::MAX as u32;
+
 /// Inode flag: the file has holes, so that what lies between its extents is zeros on purpose.
 pub const SPARSE: u32 = 1;
 /// Inode flag: there is a `security.capability` attribute, which a write must drop.
@@ -168,14 +175,29 @@ impl Inode {
         if mode & !MODE_MASK != 0 || flags & !KNOWN_FLAGS != 0 {
             return Err(r.bad(format!("unknown bits in mode {mode:o} or flags {flags:x}")));
         }
-        let size = r.u64()?;
+        let size = r.number()?;
+        if nlink > LINKS_MAX {
+            return Err(r.bad(format!("{nlink} links")));
+        }
         let (atime, mtime, ctime, btime) = (r.time()?, r.time()?, r.time()?, r.time()?);
         let body = match kind {
             FileType::Regular => Body::Regular,
             FileType::Directory => {
-                Body::Directory { parent: Ino(r.u64()?), next_entry: r.u64()?, entries: r.u64()? }
+                let (parent, next_entry, entries) = (inode_number(&mut r)?, r.number()?, r.u64()?);
+                if entries > next_entry {
+                    return Err(
+                        r.bad(format!("{entries} entries, though {next_entry} is the next one's number"))
+                    );
+                }
+                Body::Directory { parent, next_entry, entries }
             }
-            FileType::Symlink => Body::Symlink { target: r.take(r.left())?.to_vec() },
+            FileType::Symlink => {
+                let target = r.take(r.left())?;
+                if target.is_empty() || target.len() > TARGET_MAX || target.contains(&0) {
+                    return Err(r.bad("what it points to is no path"));
+                }
+                Body::Symlink { target: target.to_vec() }
+            }
             FileType::Fifo => Body::Fifo,
             FileType::Socket => Body::Socket,
             FileType::CharDevice => Body::CharDevice(r.u32()?),
@@ -211,7 +233,7 @@ impl Dirent {
     pub fn decode(bytes: &[u8]) -> Result<Dirent> {
         let mut r = Reader::versioned(bytes, "directory entry value", VERSION)?;
         let kind = file_type(&mut r)?;
-        let dirent = Dirent { kind, entry: r.u64()?, ino: Ino(r.u64()?) };
+        let dirent = Dirent { kind, entry: r.u64()?, ino: inode_number(&mut r)? };
         r.finish()?;
         Ok(dirent)
     }
@@ -242,11 +264,13 @@ impl<'a> Entry<'a> {
     pub fn decode(bytes: &'a [u8]) -> Result<Entry<'a>> {
         let mut r = Reader::versioned(bytes, "directory entry id value", VERSION)?;
         let kind = file_type(&mut r)?;
-        let ino = Ino(r.u64()?);
-        if r.left() == 0 {
-            return Err(r.bad("the name is empty"));
+        let ino = inode_number(&mut r)?;
+        let name = r.take(r.left())?;
+        let special = matches!(name, b"" | b"." | b"..");
+        if special || name.len() > NAME_MAX || name.iter().any(|b| matches!(b, 0 | b'/')) {
+            return Err(r.bad("its name is none that a file can have"));
         }
-        Ok(Entry { ino, kind, name: r.rest() })
+        Ok(Entry { ino, kind, name })
     }
 }
 
@@ -345,6 +369,13 @@ pub fn encode_orphan() -> Value {
 /// Checks the value that is stored for an orphan.
 pub fn decode_orphan(bytes: &[u8]) -> Result<()> {
     Reader::versioned(bytes, "orphan value", VERSION)?.finish()
+}
+
+fn inode_number(r: &mut Reader<'_>) -> Result<Ino> {
+    match r.u64()? {
+        0 => Err(r.bad("inode 0 is none")),
+        number => Ok(Ino(number)),
+    }
 }
 
 fn file_type(r: &mut Reader<'_>) -> Result<FileType> {
