@@ -4,10 +4,12 @@
 pub mod durable;
 pub mod listing;
 mod opening;
+mod predecessor;
 pub mod uploader;
 pub mod volume;
 
 pub use opening::Version;
+pub use predecessor::Predecessor;
 
 pub use durable::{Durable, Position, Protection, Snapshot, WaitError};
 pub use uploader::{Upload, UploadMetrics, Uploader};

@@ -4,6 +4,7 @@
 
 use super::durable::{Durable, Position, Protection, WaitError};
 use super::opening::{self, Opened, Version};
+use super::predecessor::Predecessor;
 use super::uploader::{Upload, Uploader};
 use crate::clock::Env;
 use crate::crypto::keyfile::{KeyFile, Role as KeyRole};
@@ -101,6 +102,16 @@ struct Home {
 impl Volume {
     /// Opens a volume: recovery, then the threads of a writer. Blocks; not to be called on the runtime.
     pub fn open(options: OpenOptions, runtime: &Handle) -> Result<Volume> {
+        Volume::open_after(options, None, runtime)
+    }
+
+    /// Like [`Volume::open`]. With a predecessor, who has just closed the state directory, a writer asks the store for
+    /// nothing, and frees no inode that is still open.
+    pub fn open_after(
+        options: OpenOptions,
+        before: Option<&Predecessor>,
+        runtime: &Handle,
+    ) -> Result<Volume> {
         options
             .key
             .require(if options.read_only { KeyRole::Reader } else { KeyRole::Writer })
@@ -108,7 +119,10 @@ impl Volume {
         let dir = Arc::new(StateDir::open(&options.state)?);
         let store = options.store.clone();
         let role = if options.read_only { Role::Reader } else { Role::Writer };
-        let reached = runtime.block_on(opening::reach(&*store, &dir, role))?;
+        let reached = match (before, role) {
+            (Some(_), Role::Writer) => None,
+            _ => runtime.block_on(opening::reach(&*store, &dir, role))?,
+        };
         let (superblock, to_pin) = runtime.block_on(opening::superblock(reached, &dir, &options.key))?;
         let ctx = Arc::new(context(&options.key, &superblock)?);
         let (env, version) = (&options.env, options.version);
@@ -137,7 +151,7 @@ impl Volume {
         };
         let shown = opened.time.map(|time| (opened.recovery.last_commit, time));
         let parts =
-            Parts { options: &options, store: reached, dir: &dir, ctx, reader: &reader, runtime, settings };
+            Parts { options: &options, before, store: reached, dir: &dir, ctx, reader: &reader, runtime, settings };
         let (fs, home) = if options.read_only { parts.reader(opened) } else { parts.writer(opened)? };
         let runtime = runtime.clone();
         Ok(Volume { fs, superblock, dir, store, opened: shown, reader, runtime, home })
@@ -157,6 +171,11 @@ impl Volume {
             }
             None => (self.opened.map(|o| o.1), self.opened.map(|o| o.1)),
         }
+    }
+
+    /// What a process learns that goes on after this one.
+    pub fn predecessor(&self) -> Predecessor {
+        Predecessor::of(&self.fs, self.durable())
     }
 
     /// Bytes of the local disk used as cache.
@@ -226,6 +245,7 @@ pub(super) fn context(key: &KeyFile, superblock: &Superblock) -> Result<VolumeCo
 /// What both kinds of volume are put together from.
 struct Parts<'a> {
     options: &'a OpenOptions,
+    before: Option<&'a Predecessor>,
     /// The store, if it answered.
     store: Option<&'a dyn Store>,
     dir: &'a Arc<StateDir>,
@@ -255,14 +275,18 @@ impl Parts<'_> {
             recovered.last_commit,
         )));
         opened.recovery.orphans = self.runtime.block_on(orphans(&opened, self.reader))?;
-        let (sent, unsent) = self.runtime.block_on(split_sent(self.store, &opened));
+        let (sent, unsent) = match self.before {
+            Some(before) => before.split_sent(&opened),
+            None => self.runtime.block_on(split_sent(self.store, &opened)),
+        };
         let checkpoint =
             self.runtime.block_on(opening::unsent_checkpoint(&self.ctx, self.dir, self.store))?;
         let remote = unsent.first().map_or(last_commit, |first| {
             sent.iter().rev().find(|s| s.head.seq < first.head.seq).map_or(CommitNo(0), |s| s.last_commit)
         });
-        let at =
-            Position { local: last_commit, remote, remote_head: sent.last().map(|segment| segment.head) };
+        let remote_head = sent.last().map(|segment| segment.head);
+        let at = Position { local: last_commit, remote, remote_head };
+        let at = self.before.map_or(at, |before| before.position(at));
         let (protection, sync_timeout) = (self.options.protection, self.options.sync_timeout);
         let durable = Arc::new(Durable::new(protection, sync_timeout, env.clone(), at));
         durable.start_ticker(self.runtime);
@@ -289,6 +313,7 @@ impl Parts<'_> {
             shipper.push(Upload::Checkpoint { name, body, after });
         }
         let fs = Arc::new(Fs::new(self.settings, env, self.reader.clone(), opened.recovery));
+        self.before.map_or(Ok(()), |before| before.hand_on(&fs, &durable))?;
         watch_space(&fs, self.dir, self.runtime, self.options.dirty_max);
         let _ = shipper.fs.set(Arc::downgrade(&fs)); // set once, here
         let latched = Arc::downgrade(&fs);
@@ -303,7 +328,7 @@ impl Parts<'_> {
             .name("committer".into())
             .spawn(move || committer.run())
             .map_err(Error::io("start the committer's thread"))?;
-        fs.orphans().into_iter().for_each(|ino| free_orphan(&fs, ino, self.reader, self.runtime));
+        fs.abandoned().into_iter().for_each(|ino| free_orphan(&fs, ino, self.reader, self.runtime));
         Ok((fs, Some(Home { shipper, committer: Mutex::new(Some(thread)) })))
     }
 }
