@@ -155,7 +155,11 @@ impl Relay {
 }
 
 /// Opens again what was closed for a successor that failed.
-fn reopen(plan: &MountPlan, shown: Option<CommitNo>, before: &Predecessor) -> Result<Box<dyn Served>, Failure> {
+fn reopen(
+    plan: &MountPlan,
+    shown: Option<CommitNo>,
+    before: &Predecessor,
+) -> Result<Box<dyn Served>, Failure> {
     let mut request = plan.request.clone();
     if let Some(no) = shown.filter(|no| no.0 > 0) {
         request.at = Some(super::options::At::Commit(no));

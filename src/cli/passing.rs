@@ -98,7 +98,8 @@ impl Take {
         if n as u64 != self.held {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        let head = self.remote_head.and_then(|(seq, hash)| Some(Head { seq: Seq(seq), hash: Hash(unhex(&hash)?) }));
+        let head =
+            self.remote_head.and_then(|(seq, hash)| Some(Head { seq: Seq(seq), hash: Hash(unhex(&hash)?) }));
         Ok(Predecessor {
             held,
             remote: CommitNo(self.remote),
@@ -215,7 +216,10 @@ mod tests {
         let plan = parse(&given.map(String::from));
         let again = parse(&words(&plan, None).expect("UTF-8"));
         assert_eq!(format!("{plan:?}"), format!("{again:?}"));
-        let reader = parse(&["--store=file:///x", "--key=/k", "--state=/s", "--read-only", "-ofsname=f", "/m"].map(String::from));
+        let reader = parse(
+            &["--store=file:///x", "--key=/k", "--state=/s", "--read-only", "-ofsname=f", "/m"]
+                .map(String::from),
+        );
         let again = parse(&words(&reader, Some(CommitNo(17))).expect("UTF-8"));
         assert_eq!(again.request.at, Some(crate::cli::options::At::Commit(CommitNo(17))));
         assert!(again.request.read_only && again.settings.read_only);

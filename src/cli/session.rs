@@ -217,7 +217,8 @@ impl Served for Session {
     }
 
     fn shown(&self) -> Option<CommitNo> {
-        self.control.volume.opened.map(|(no, _)| no)
+        let volume = &self.control.volume;
+        volume.opened.filter(|_| volume.durable().is_none()).map(|(no, _)| no)
     }
 
     fn pass_on(self: Box<Self>) -> Predecessor {

@@ -74,9 +74,8 @@ fn take_over(socket: &Arc<UnixStream>) -> Outcome {
     let greeting = hello.greeting().map_err(fail("the predecessor's greeting is not understood"))?;
     let mut daemon = Daemon::new(&plan)?;
     let prepared = seam::prepare(plan.request.clone())?;
-    let answer = |answer: Answer| {
-        passing::send(socket, &answer).map_err(fail("the predecessor does not listen"))
-    };
+    let answer =
+        |answer: Answer| passing::send(socket, &answer).map_err(fail("the predecessor does not listen"));
     answer(Answer::Prepared { version: env!("CARGO_PKG_VERSION").into() })?;
     let take: Take = passing::receive(socket, None).map_err(fail("the predecessor goes on itself"))?;
     let before = take.predecessor(socket).map_err(fail("the predecessor goes on itself"))?;

@@ -2,8 +2,8 @@
 //! Invariant: whoever changes data, owner or mode keeps the set-id bits and file capabilities as ext4 would.
 
 use super::acl::AclKind;
-use super::lookups::Lookups;
 use super::error::{Result, os};
+use super::lookups::Lookups;
 use super::state::Tx;
 use super::{Caller, Fs, MAX_FILE_SIZE, NAME_MAX};
 use crate::tree::key::{self, KeyRef};

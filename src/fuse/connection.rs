@@ -210,7 +210,8 @@ fn nudge_dispatch_thread() -> io::Result<()> {
     for task in std::fs::read_dir("/proc/self/task")? {
         let task = task?;
         let name = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
-        if let (DISPATCH_THREAD, Some(Ok(id))) = (name.trim_end(), task.file_name().to_str().map(str::parse)) {
+        if let (DISPATCH_THREAD, Some(Ok(id))) = (name.trim_end(), task.file_name().to_str().map(str::parse))
+        {
             let id: libc::pid_t = id;
             // SAFETY: sends a signal that has a handler to a thread of this process; takes integers only.
             unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), id, NUDGE) };

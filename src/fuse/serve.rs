@@ -186,7 +186,9 @@ impl Requests {
         let (this, pool) = (Arc::downgrade(self), self.pool.clone());
         let at = What::current("lseek");
         // Not on the dispatch thread: the kernel's writes come to it while this waits for them.
-        self.pool.spawn_blocking(move || seek_written_back(&this, &pool, at, (ino, offset, what), write_back, reply));
+        self.pool.spawn_blocking(move || {
+            seek_written_back(&this, &pool, at, (ino, offset, what), write_back, reply)
+        });
     }
 
     /// Bytes that a mapping left to the kernel could not be taken: nobody waits for the answer, so it is said here.

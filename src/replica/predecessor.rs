@@ -39,7 +39,9 @@ impl Predecessor {
     /// Which of the local segments the store has, and which it has not.
     pub(super) fn split_sent(&self, opened: &Opened) -> (Vec<ClosedSegment>, Vec<ClosedSegment>) {
         let local = opened.recovered.local.clone();
-        local.into_iter().partition(|segment| self.remote_head.is_some_and(|head| segment.head.seq <= head.seq))
+        local
+            .into_iter()
+            .partition(|segment| self.remote_head.is_some_and(|head| segment.head.seq <= head.seq))
     }
 
     /// The account may know more than the segments that are still here.

@@ -116,6 +116,9 @@ impl Volume {
             .key
             .require(if options.read_only { KeyRole::Reader } else { KeyRole::Writer })
             .map_err(|e| Error::Refused(e.to_string()))?;
+        if !options.read_only && options.version != Version::Newest {
+            return Err(Error::Refused("an older version cannot be written".into())); // it would fork the log
+        }
         let dir = Arc::new(StateDir::open(&options.state)?);
         let store = options.store.clone();
         let role = if options.read_only { Role::Reader } else { Role::Writer };
@@ -150,8 +153,16 @@ impl Volume {
             ..Settings::default()
         };
         let shown = opened.time.map(|time| (opened.recovery.last_commit, time));
-        let parts =
-            Parts { options: &options, before, store: reached, dir: &dir, ctx, reader: &reader, runtime, settings };
+        let parts = Parts {
+            options: &options,
+            before,
+            store: reached,
+            dir: &dir,
+            ctx,
+            reader: &reader,
+            runtime,
+            settings,
+        };
         let (fs, home) = if options.read_only { parts.reader(opened) } else { parts.writer(opened)? };
         let runtime = runtime.clone();
         Ok(Volume { fs, superblock, dir, store, opened: shown, reader, runtime, home })

@@ -42,6 +42,7 @@ CASES = {
     "acl": (120, [None]),
     "access_times": (60, [None]),
     "posix": (240, ["directories", "attributes", "files", "mounting"]),
+    "upgrade": (180, [None]),
     "suites": (300, ["fsx", "stress_ng", "dbench", "fio"]),
 }
 
