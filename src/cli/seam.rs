@@ -30,8 +30,6 @@ use zeroize::Zeroizing;
 
 /// Threads for the store's traffic and for requests that had to wait.
 const WORKERS: usize = 2;
-/// How long the store may take to show that it is there.
-const STORE_WAIT: Duration = Duration::from_secs(10);
 
 /// What opening a volume needs.
 #[derive(Clone, Debug)]
@@ -105,11 +103,10 @@ pub fn prepare(request: OpenRequest) -> Result<Prepared, Failure> {
     Ok(Prepared { request, key, store, runtime })
 }
 
-/// Says why a reader's volume could not be opened again just now: the store does not answer.
+/// Says why a reader's volume could not be opened again just now: the store does not answer, or not as it did.
 pub fn check_store(request: &OpenRequest) -> Result<(), Failure> {
-    let prepared = prepare(request.clone())?;
-    let reached = prepared.runtime.block_on(store::reachable(&*prepared.store, STORE_WAIT));
-    reached.map_err(|e| Failure::from_error(ExitCode::Store, "the store does not answer", &e))
+    let OpenRequest { store_url, store_options, key, .. } = request.clone();
+    store_status(&StoreRequest { store_url, store_options, key }).map(drop)
 }
 
 impl Prepared {
