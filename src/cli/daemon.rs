@@ -40,6 +40,11 @@ impl ReadyPipe {
         let _ = self.send(&format!("{} {failure}\n", failure.code as u8));
     }
 
+    /// Leaves it to the process that was just forked to say a word.
+    pub fn leave(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
     fn send(&self, line: &str) -> io::Result<()> {
         let pipe = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
         match pipe {

@@ -20,6 +20,7 @@ pub mod serve;
 mod session;
 pub mod signals;
 pub mod status;
+mod supervise;
 pub mod sync;
 mod takeover;
 pub mod umount;

@@ -172,6 +172,7 @@ fn options(plan: &MountPlan) -> String {
         either(settings.dev, "dev", "nodev"),
         either(settings.exec, "exec", "noexec"),
         either(request.relatime, "relatime", "noatime"),
+        either(plan.supervise, "supervise", "nosupervise"),
     ];
     all.extend(request.size_limit.map(|n| format!("size={}", size(n))));
     all.extend(settings.allow_other.then(|| "allow_other".to_string()));

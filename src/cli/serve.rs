@@ -60,6 +60,12 @@ impl Daemon {
         let settings = self.plan.settings.clone();
         // Held while mounting, so that a signal finds either nothing or all it needs to unmount.
         let mut target = self.stopper.lock();
+        if self.plan.replace
+            && let Err(e) = replace_dead(&settings.mountpoint)
+        {
+            drop(target);
+            return self.close(volume, &control, Err(e));
+        }
         let fd = match kernel::mount(&settings) {
             Ok(fd) => fd,
             Err(e) => {
@@ -145,7 +151,7 @@ impl Daemon {
         mut ready: Ready,
     ) -> Outcome {
         let taken_over = connection.greeting.is_some();
-        let guard = UnmountOnDrop(mounted);
+        let guard = UnmountOnDrop { mounted, supervised: self.plan.supervise };
         let outcome = loop {
             let (relay, shown) = (self.relay.clone(), volume.shown());
             let ended = volume.serve(&mut connection, &self.relay.switch, ready);
@@ -178,7 +184,10 @@ impl Daemon {
         };
         // Users of a mount that nobody serves get errors.
         drop(connection);
-        drop(guard);
+        match (&outcome, self.plan.supervise) {
+            (Err(_), true) => std::mem::forget(guard),
+            _ => drop(guard),
+        }
         self.close(volume, control, outcome)
     }
 
@@ -210,16 +219,21 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn prepare_process(plan: &MountPlan, stopper: &Arc<Stopper>) -> Result<(), Failure> {
-    let fail = |what: &'static str| move |e: io::Error| Failure::from_error(ExitCode::Failed, what, &e);
-    signals::block().map_err(fail("cannot block signals"))?;
-    daemon::leave_surroundings().map_err(fail("cannot leave the directory"))?;
+/// Starts the log that `plan` asks for.
+pub(super) fn log_to(plan: &MountPlan) -> io::Result<()> {
     let target = match (&plan.log_file, plan.foreground) {
         (Some(path), _) => Target::File { path: path.clone(), take_stderr: !plan.foreground },
         (None, true) => Target::Stderr,
         (None, false) => Target::File { path: plan.request.state.join("embassyfs.log"), take_stderr: true },
     };
-    logging::init(&target, plan.log_level).map_err(fail("cannot open the log"))?;
+    logging::init(&target, plan.log_level)
+}
+
+fn prepare_process(plan: &MountPlan, stopper: &Arc<Stopper>) -> Result<(), Failure> {
+    let fail = |what: &'static str| move |e: io::Error| Failure::from_error(ExitCode::Failed, what, &e);
+    signals::block().map_err(fail("cannot block signals"))?;
+    daemon::leave_surroundings().map_err(fail("cannot leave the directory"))?;
+    log_to(plan).map_err(fail("cannot open the log"))?;
     daemon::protect_process();
     let stopper = stopper.clone();
     signals::watch(move |count| stopper.stop(count)).map_err(fail("cannot watch for signals"))
@@ -250,12 +264,28 @@ impl MountedHere {
     }
 }
 
+/// Makes room where a daemon has died. The last moment for it: whoever comes by finds the dead mount or the new one.
+fn replace_dead(path: &Path) -> Result<(), Failure> {
+    let here = MountedHere::find(path);
+    if here.device.is_none() {
+        return Err(Failure::new(ExitCode::NotMounted, "the dead mount was taken away; not mounting again"));
+    }
+    here.detach();
+    Ok(())
+}
+
 /// Detaches a mount whose serving has ended, so that it is not left dead.
-struct UnmountOnDrop(MountedHere);
+struct UnmountOnDrop {
+    mounted: MountedHere,
+    /// After a failure somebody mounts again.
+    supervised: bool,
+}
 
 impl Drop for UnmountOnDrop {
     fn drop(&mut self) {
-        self.0.detach();
+        if !(self.supervised && std::thread::panicking()) {
+            self.mounted.detach();
+        }
     }
 }
 
