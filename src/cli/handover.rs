@@ -8,6 +8,7 @@ use super::exit::Failure;
 use super::mount::MountPlan;
 use super::passing::{self, Answer, Hello, Serve, Take};
 use super::seam::{self, Served};
+use crate::clock::Env;
 use crate::fuse::connection::{Connection, Greeting, Switch};
 use crate::fuse::mount::Pidfd;
 use crate::fuse::pass::send_fd;
@@ -125,6 +126,9 @@ impl Relay {
     ) -> Result<Handed, Failure> {
         let next = lock(&self.next).take();
         let Some(Next { mut successor, answer }) = next else { return Ok(Handed::Back(volume)) };
+        let clock = Env::system().clock;
+        let begun = clock.monotonic();
+        let since = || (clock.monotonic() - begun).as_millis();
         // Only what came in since the last commit, but not to be lost either.
         if let Err(e) = volume.control().commit(LAST_COMMIT_WAIT) {
             ::log::error!("not handed over: {e}");
@@ -135,16 +139,23 @@ impl Relay {
         volume.control().let_go();
         leave();
         let shown = volume.shown();
+        let committed = since();
         let before = volume.pass_on();
+        let closed = since();
         match successor.take(&before, connection.fd.as_fd()) {
             Ok(()) => {
-                ::log::info!("process {} goes on with the mount", successor.child.id());
+                ::log::info!(
+                    "process {} goes on with the mount; committed after {committed} ms, closed after {closed} ms, \
+                     handed over after {} ms",
+                    successor.child.id(),
+                    since()
+                );
                 daemon::notify_new_main_process(successor.child.id());
                 let _ = answer.send(Ok(()));
                 Ok(Handed::Over)
             }
             Err(e) => {
-                ::log::error!("not handed over, going on: {e}");
+                ::log::error!("not handed over, going on ({} ms): {e}", since());
                 successor.end();
                 let volume = reopen(plan, shown, &before)?;
                 let _ = answer.send(Err(e));

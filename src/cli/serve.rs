@@ -11,12 +11,14 @@ use super::seam::{self, Served};
 use super::signals;
 use crate::clock::{Clock, Env};
 use crate::fuse::adapter::{Ended, Ready};
+use crate::fuse::beneath;
 use crate::fuse::connection::{Connection, Greeting};
-use crate::fuse::mount::{self as kernel, Unmount, own_ids};
+use crate::fuse::mount::{self as kernel, MountSettings, Unmount, own_ids};
 use crate::fuse::table;
 use crate::ops::control::{Control, Server, socket_path};
 use crate::ops::status::{Ending, Status};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -60,13 +62,8 @@ impl Daemon {
         let settings = self.plan.settings.clone();
         // Held while mounting, so that a signal finds either nothing or all it needs to unmount.
         let mut target = self.stopper.lock();
-        if self.plan.replace
-            && let Err(e) = replace_dead(&settings.mountpoint)
-        {
-            drop(target);
-            return self.close(volume, &control, Err(e));
-        }
-        let fd = match kernel::mount(&settings) {
+        let made = if self.plan.replace { mount_over_dead(&settings) } else { kernel::mount(&settings) };
+        let fd = match made {
             Ok(fd) => fd,
             Err(e) => {
                 drop(target);
@@ -264,14 +261,17 @@ impl MountedHere {
     }
 }
 
-/// Makes room where a daemon has died. The last moment for it: whoever comes by finds the dead mount or the new one.
-fn replace_dead(path: &Path) -> Result<(), Failure> {
-    let here = MountedHere::find(path);
-    if here.device.is_none() {
-        return Err(Failure::new(ExitCode::NotMounted, "the dead mount was taken away; not mounting again"));
+/// Mounts where a daemon has died: whoever comes by finds the dead mount or the new one.
+fn mount_over_dead(settings: &MountSettings) -> io::Result<OwnedFd> {
+    let dead = MountedHere::find(&settings.mountpoint);
+    if dead.device.is_none() {
+        return Err(io::Error::new(io::ErrorKind::NotFound, "the dead mount was taken away meanwhile"));
     }
-    here.detach();
-    Ok(())
+    beneath::replace(settings).or_else(|e| {
+        ::log::info!("for a moment nothing is mounted at {}: {e}", settings.mountpoint.display());
+        dead.detach();
+        kernel::mount(settings)
+    })
 }
 
 /// Detaches a mount whose serving has ended, so that it is not left dead.

@@ -185,3 +185,28 @@ def locking(stop, timed, path, held):
             time.sleep(0.002)
             continue
         raise AssertionError("got a lock that somebody holds")
+
+
+def persisting(stop, timed, path, directory, outbox):
+    """Appends numbered lines with fsync, opening the file anew for each, and goes on over errors; tells which lines
+    were acknowledged, which errors there were, and for how long at most nothing worked. Remembers what it found at
+    `directory`, to see whether it ever was another directory than the mount's root."""
+    acknowledged, errors, longest, last, strangers = -1, {}, 0.0, time.monotonic(), 0
+    n = 0
+    while not stop():
+        try:
+            fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+            try:
+                strangers += os.fstat(fd).st_dev == os.stat(os.path.dirname(directory)).st_dev
+                os.write(fd, b"%063d\n" % n)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            now = time.monotonic()
+            longest, last = max(longest, now - last), now
+            acknowledged = n
+        except OSError as e:
+            errors[e.errno] = errors.get(e.errno, 0) + 1
+            time.sleep(0.001)
+        n += 1
+    outbox.send((acknowledged, errors, longest, strangers))
