@@ -3,6 +3,7 @@
 The long form (E2E_FULL=1) kills often, and until the supervisor gives up.
 """
 
+import contextlib
 import errno
 import os
 import random
@@ -161,7 +162,8 @@ def without_supervisor(volume, state):
             got.append(e.errno)
     took = time.monotonic() - begin
     check(set(got) <= CLEAN and got[-1] == errno.ENOTCONN, f"without a supervisor calls fail at once ({took:.2f} s)", str(got))
-    os.close(fd)
+    with contextlib.suppress(OSError):
+        os.close(fd)
     run(program(), "umount", home.point, ok=None)
 
 
