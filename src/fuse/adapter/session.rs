@@ -40,10 +40,10 @@ pub(super) fn run(
     // It keeps the number open on which a switch acts.
     let _ = kernel.set(session.notifier()); // it was empty
     switch.arm(gate, session.as_fd().as_raw_fd());
-    let ran = match taken_over {
-        true => connection.ask_again().and_then(|()| session.run()),
-        false => session.run(),
-    };
+    if taken_over && let Err(e) = connection.ask_again() {
+        ::log::warn!("the kernel is not asked to ask again: {e}"); // the mount may be gone already
+    }
+    let ran = session.run();
     let stopped = switch.disarm();
     match ran {
         _ if stopped => Ok(Ended::Stopped),
