@@ -28,7 +28,7 @@ use fuser::{
 };
 use guard::Guard;
 use parking_lot::Mutex;
-use reply::{GENERATION, TTL, ttl};
+use reply::ttl;
 use request::{OwnedNode, caller, in_group, ino, leaves_atime, time_or_now, untrusted};
 use std::ffi::OsStr;
 use std::io;
@@ -115,13 +115,7 @@ impl Adapter {
         op: impl FnMut(&Fs) -> fs::Result<Attr> + Send + 'static,
         reply: ReplyEntry,
     ) {
-        self.serve(what, op, move |fs, result| match result {
-            Ok(attr) => {
-                fs.looked_up(attr.ino);
-                reply.entry(&ttl(&attr), &file_attr(&attr), GENERATION);
-            }
-            Err(e) => reply.error(Errno::from_i32(e)),
-        });
+        self.serve(what, op, move |fs, result| reply::entry(fs, reply, result));
     }
 
     fn make(&self, req: &Request, parent: INodeNo, name: &OsStr, node: OwnedNode, reply: ReplyEntry) {
@@ -174,19 +168,8 @@ impl Filesystem for Adapter {
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let name = name.as_bytes().to_vec();
-        self.serve(
-            "lookup",
-            move |fs| fs.lookup(ino(parent), &name),
-            move |fs, result| match result {
-                Ok(attr) => {
-                    fs.looked_up(attr.ino);
-                    reply.entry(&ttl(&attr), &file_attr(&attr), GENERATION);
-                }
-                // Inode 0 lets the kernel remember that there is no such name.
-                Err(libc::ENOENT) => reply.entry(&TTL, &convert::negative(), GENERATION),
-                Err(e) => reply.error(Errno::from_i32(e)),
-            },
-        );
+        let find = move |fs: &Fs| fs.lookup(ino(parent), &name);
+        self.serve("lookup", find, move |fs, result| reply::entry_or_none(fs, reply, result));
     }
 
     fn forget(&self, _req: &Request, n: INodeNo, nlookup: u64) {
@@ -338,14 +321,7 @@ impl Filesystem for Adapter {
                 let node = NewNode { kind: FileType::Regular, mode, umask, rdev: 0, target: b"" };
                 fs.make(ino(parent), &name, &node, caller)
             },
-            move |fs, result| match result {
-                Ok(attr) => {
-                    fs.looked_up(attr.ino);
-                    let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH;
-                    reply.created(&ttl(&attr), &file_attr(&attr), GENERATION, FileHandle(0), flags);
-                }
-                Err(e) => reply.error(Errno::from_i32(e)),
-            },
+            move |fs, result| reply::created(fs, reply, result),
         );
     }
 
@@ -435,17 +411,7 @@ impl Filesystem for Adapter {
     }
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
-        let s = self.requests.statfs();
-        reply.statfs(
-            s.blocks,
-            s.free,
-            s.available,
-            s.files,
-            s.files_free,
-            s.block_size,
-            fs::NAME_MAX as u32,
-            s.block_size,
-        );
+        reply::statfs(reply, &self.requests.statfs());
     }
 
     fn setxattr(
