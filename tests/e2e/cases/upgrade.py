@@ -157,6 +157,8 @@ def under_load(volume, state):
             report(workers, upgrades)
         wait_until(lambda: time.monotonic() - calls > 0.5, 5, "half a second has passed")
     broken_successors(volume, home, held, workers)
+    done = time.monotonic() + 1
+    wait_until(lambda: time.monotonic() > done, 5, "what waited for a successor that hung has been answered")
     upgrades.append(upgraded(home))
     report(workers, upgrades)
     held.finish()
