@@ -4,6 +4,7 @@
 pub mod durable;
 pub mod listing;
 mod opening;
+mod orphans;
 mod predecessor;
 pub mod uploader;
 pub mod volume;

@@ -4,6 +4,7 @@
 
 use super::durable::{Durable, Position, Protection, WaitError};
 use super::opening::{self, Opened, Version};
+use super::orphans;
 use super::predecessor::Predecessor;
 use super::uploader::{Upload, Uploader};
 use crate::clock::Env;
@@ -18,8 +19,7 @@ use crate::log::writer::LogWriter;
 use crate::log::{self, ClosedSegment, Error, Result};
 use crate::store::Store;
 use crate::tree::checkpoint;
-use crate::tree::key::{self, KeyRef};
-use crate::types::{CommitNo, Epoch, FramePtr, Ino, Seq, Timestamp};
+use crate::types::{CommitNo, Epoch, FramePtr, Seq, Timestamp};
 use parking_lot::Mutex;
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -285,7 +285,7 @@ impl Parts<'_> {
             recovered.next_seq,
             recovered.last_commit,
         )));
-        opened.recovery.orphans = self.runtime.block_on(orphans(&opened, self.reader))?;
+        opened.recovery.orphans = self.runtime.block_on(orphans::find(&opened, self.reader))?;
         let (sent, unsent) = match self.before {
             Some(before) => before.split_sent(&opened),
             None => self.runtime.block_on(split_sent(self.store, &opened)),
@@ -339,48 +339,8 @@ impl Parts<'_> {
             .name("committer".into())
             .spawn(move || committer.run())
             .map_err(Error::io("start the committer's thread"))?;
-        fs.abandoned().into_iter().for_each(|ino| free_orphan(&fs, ino, self.reader, self.runtime));
+        fs.abandoned().into_iter().for_each(|ino| orphans::free(&fs, ino, self.reader, self.runtime));
         Ok((fs, Some(Home { shipper, committer: Mutex::new(Some(thread)) })))
-    }
-}
-
-/// Inodes that were unlinked but open when home went down.
-async fn orphans(opened: &Opened, reader: &FrameReader) -> Result<Vec<Ino>> {
-    let maps = [&opened.recovery.replayed];
-    let levels = crate::tree::Levels { maps: &maps, tree: &opened.recovery.tree, frames: reader };
-    let range = key::orphans();
-    loop {
-        match levels.range(&range.start, &range.end, usize::MAX) {
-            Err(Error::Missing(ptrs)) => reader.fetch(&ptrs).await?,
-            found => {
-                return Ok(found?
-                    .iter()
-                    .filter_map(|(key, _)| match key::parse(key) {
-                        Some(KeyRef::Orphan(ino)) => Some(ino),
-                        _ => None,
-                    })
-                    .collect());
-            }
-        }
-    }
-}
-
-/// Frees an inode that was unlinked but open when home went down. If it cannot be freed now, it stays an orphan, and
-/// the next mount tries again.
-fn free_orphan(fs: &Fs, ino: Ino, reader: &FrameReader, runtime: &Handle) {
-    loop {
-        let error = match fs.release_orphan(ino) {
-            Ok(()) => return,
-            Err(e) => match e.missing() {
-                Some(ptrs) => match runtime.block_on(reader.fetch(ptrs)) {
-                    Ok(()) => continue,
-                    Err(e) => e.to_string(),
-                },
-                None => e.to_string(),
-            },
-        };
-        ::log::warn!("inode {}, unlinked but open when home went down, is not freed yet: {error}", ino.0);
-        return;
     }
 }
 
