@@ -5,7 +5,7 @@ mod common;
 
 use bytes::Bytes;
 use common::{ROOT_USER, World, content, create, node, noise};
-use embassyfs::fs::{self, AclKind, Fs, SetAttr, XattrMode};
+use embassyfs::fs::{self, AclKind, Fs, SetAttr, Settings, XattrMode};
 use embassyfs::log::volume::Parameters;
 use embassyfs::replica::Version;
 use embassyfs::replica::durable::Protection;
@@ -233,7 +233,9 @@ fn a_checkpoint_ends_that_needs_more_pages_than_the_caches_hold() {
 #[test]
 fn removed_room_is_room_at_once_beside_commits() {
     let world = World::new(Parameters::default());
-    let options = OpenOptions { size_limit: Some(32 << 20), ..world.options("home") };
+    let options = world.options("home");
+    let settings = Settings { size_limit: Some(32 << 20), ..options.settings };
+    let options = OpenOptions { settings, ..options };
     let home = Volume::open(options, world.runtime.handle()).unwrap();
     let touched = create(&world, &home, Ino::ROOT, "touched", b"x");
     let data = noise(1, 1 << 20);

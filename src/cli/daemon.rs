@@ -40,6 +40,11 @@ impl ReadyPipe {
         let _ = self.send(&format!("{} {failure}\n", failure.code as u8));
     }
 
+    /// Leaves it to the process that was just forked to say a word.
+    pub fn leave(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
     fn send(&self, line: &str) -> io::Result<()> {
         let pipe = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
         match pipe {
@@ -145,6 +150,15 @@ pub fn protect_process() {
 
 /// Tells systemd (`Type=notify`) that the service is up, if systemd wants to know.
 pub fn notify_service_manager() {
+    notify("READY=1");
+}
+
+/// Tells systemd which process the service is from now on.
+pub fn notify_new_main_process(pid: u32) {
+    notify(&format!("MAINPID={pid}"));
+}
+
+fn notify(what: &str) {
     use std::os::linux::net::SocketAddrExt;
     use std::os::unix::net::{SocketAddr, UnixDatagram};
     let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return };
@@ -152,9 +166,9 @@ pub fn notify_service_manager() {
         [b'@', rest @ ..] => SocketAddr::from_abstract_name(rest),
         _ => SocketAddr::from_pathname(&name),
     };
-    let sent = address.and_then(|to| UnixDatagram::unbound()?.send_to_addr(b"READY=1", &to));
+    let sent = address.and_then(|to| UnixDatagram::unbound()?.send_to_addr(what.as_bytes(), &to));
     if let Err(e) = sent {
-        ::log::warn!("cannot tell the service manager that the mount is ready: {e}");
+        ::log::warn!("cannot tell the service manager '{what}': {e}");
     }
 }
 

@@ -4,6 +4,7 @@
 pub mod config;
 pub mod daemon;
 pub mod exit;
+mod handover;
 pub mod init;
 pub mod logging;
 pub mod man;
@@ -11,6 +12,7 @@ pub mod mount;
 pub mod mount_helper;
 pub mod mounted;
 pub mod options;
+mod passing;
 pub mod progress;
 pub mod recover_key;
 pub mod seam;
@@ -18,8 +20,11 @@ pub mod serve;
 mod session;
 pub mod signals;
 pub mod status;
+mod supervise;
 pub mod sync;
+mod takeover;
 pub mod umount;
+pub mod upgrade;
 pub mod versions;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -61,9 +66,13 @@ enum Command {
     #[command(visible_alias = "unmount")]
     Umount(umount::UmountArgs),
     Sync(sync::SyncArgs),
+    Upgrade(upgrade::UpgradeArgs),
     Status(status::StatusArgs),
     Versions(versions::VersionsArgs),
     RecoverKey(recover_key::RecoverKeyArgs),
+    /// What a daemon starts to go on with its mount.
+    #[command(hide = true)]
+    TakeOver,
     #[command(hide = true)]
     Man(man::ManArgs),
     #[command(hide = true)]
@@ -169,6 +178,8 @@ fn dispatch(args: Vec<OsString>) -> exit::Outcome {
         Command::Mount(args) => mount::run(args),
         Command::Umount(args) => umount::run(args),
         Command::Sync(args) => sync::run(args),
+        Command::Upgrade(args) => upgrade::run(args),
+        Command::TakeOver => takeover::run(),
         Command::Status(args) => status::run(args),
         Command::Versions(args) => versions::run(args),
         Command::RecoverKey(args) => recover_key::run(args),

@@ -7,6 +7,7 @@ use super::logging;
 use super::options::{At, MountOptions, parse_at};
 use super::seam::OpenRequest;
 use super::serve::serve;
+use super::supervise;
 use super::{StoreArgs, absolute, required};
 use crate::fuse::mount::{self as kernel, MountSettings};
 use crate::fuse::table;
@@ -79,6 +80,10 @@ pub struct MountPlan {
     pub(super) foreground: bool,
     pub(super) log_file: Option<PathBuf>,
     pub(super) log_level: LevelFilter,
+    /// A supervisor stands above the daemon: a mount that cannot be served is left to it.
+    pub(super) supervise: bool,
+    /// The mount point holds a dead mount, whose place the new one takes.
+    pub(super) replace: bool,
 }
 
 /// Runs the command.
@@ -143,21 +148,24 @@ pub fn plan(args: MountArgs) -> Result<MountPlan, Failure> {
         foreground: args.foreground || config.foreground.unwrap_or(false),
         log_file: log_file.map(|p| absolute(&p)).transpose()?,
         log_level: log_level.unwrap_or(LevelFilter::Info),
+        supervise: options.supervise,
+        replace: false,
     })
 }
 
 /// Mounts according to `plan`; returns in the parent when the mount is usable, in the daemon when it has ended.
 pub fn start(mut plan: MountPlan) -> Outcome {
     check_place(&mut plan)?;
+    let run = if plan.supervise { supervise::run } else { serve };
     if plan.foreground {
-        return serve(&plan, ReadyPipe::none());
+        return run(&plan, ReadyPipe::none());
     }
     let fork =
         daemon::fork().map_err(|e| Failure::from_error(ExitCode::Failed, "cannot start the daemon", &e))?;
     match fork {
         Side::Parent(child) => child.wait(USABLE_WAIT),
         Side::Child(pipe) => {
-            let outcome = serve(&plan, pipe.clone());
+            let outcome = run(&plan, pipe.clone());
             if let Err(failure) = &outcome {
                 ::log::error!("{failure}");
                 pipe.failed(failure);

@@ -50,6 +50,8 @@ pub struct MountOptions {
     pub relatime: bool,
     /// `read_ahead=`
     pub read_ahead: u64,
+    /// `supervise`: after a crash of the daemon the volume is mounted again.
+    pub supervise: bool,
 }
 
 impl Default for MountOptions {
@@ -70,6 +72,7 @@ impl Default for MountOptions {
             exec: true,
             relatime: false,
             read_ahead: 1 << 20,
+            supervise: false,
         }
     }
 }
@@ -94,6 +97,7 @@ pub const KNOWN: &[(&str, &str)] = &[
         "relatime, noatime",
         "reading changes access times, at most daily or once after a change (default noatime)",
     ),
+    ("supervise", "mount again by itself after a crash of the daemon (default nosupervise)"),
     ("read_ahead=SIZE", "how far the kernel reads ahead (default 1M; 0: the kernel's own)"),
 ];
 
@@ -147,6 +151,7 @@ impl MountOptions {
             "ro" | "rw" => self.read_only = word == "ro",
             "exec" | "noexec" => self.exec = word == "exec",
             "suid" | "nosuid" => self.suid = word == "suid",
+            "supervise" | "nosupervise" => self.supervise = word == "supervise",
             "dev" | "nodev" => self.dev = word == "dev",
             "atime" | "relatime" => self.relatime = true,
             "noatime" | "norelatime" => self.relatime = false,

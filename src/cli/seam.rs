@@ -8,7 +8,9 @@ use crate::clock::Env;
 use crate::crypto::keyfile::{KeyFile, KeyFileError, Role};
 use crate::crypto::slots::Argon2Params;
 use crate::fs::{Caller, Settings};
-use crate::fuse::mount::{MountSettings, own_ids};
+use crate::fuse::adapter::{Ended, Ready};
+use crate::fuse::connection::{Connection, Switch};
+use crate::fuse::mount::own_ids;
 use crate::log::volume::{self, Parameters};
 use crate::log::{CommitInfo, Error};
 use crate::ops::control::Control;
@@ -16,10 +18,10 @@ use crate::ops::status::{CommitPoint, Status, StoreStatus};
 use crate::ops::{self, init::InitError};
 use crate::replica::durable::Protection;
 use crate::replica::volume::{OpenOptions, Volume};
-use crate::replica::{Version, listing};
+use crate::replica::{Io, Predecessor, Version, listing};
 use crate::store::{self, Store, StoreError};
+use crate::types::CommitNo;
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -68,51 +70,80 @@ pub trait Served {
     fn name(&self) -> String;
     /// What status and shutdown are asked of. It keeps working until [`Served::close`].
     fn control(&self) -> Arc<dyn Control>;
-    /// Answers the kernel on `fuse_fd` until the volume is unmounted; calls `ready` once the kernel has greeted.
-    fn serve(
-        &mut self,
-        fuse_fd: OwnedFd,
-        settings: &MountSettings,
-        ready: Box<dyn FnOnce() + Send>,
-    ) -> Result<(), Failure>;
+    /// Answers the kernel until the volume is unmounted or `switch` is thrown; calls `ready` before the first request.
+    fn serve(&mut self, connection: &mut Connection, switch: &Switch, ready: Ready)
+    -> Result<Ended, Failure>;
+    /// The commit shown, by a reader.
+    fn shown(&self) -> Option<CommitNo>;
+    /// Closes the volume for who goes on with the mount, waiting for nothing but the local disk. The state directory is
+    /// free when this returns. All control of it must have been dropped before.
+    fn pass_on(self: Box<Self>) -> Predecessor;
     /// Closes the volume after [`Served::serve`] has returned; says how things stand for good.
     fn close(self: Box<Self>) -> Result<Status, Failure>;
 }
 
 /// Opens a volume: finds the newest (or the asked) commit, recovers what is only on this host.
 pub fn open(request: OpenRequest) -> Result<Box<dyn Served>, Failure> {
+    prepare(request)?.open(None)
+}
+
+/// All that opening needs, got together without touching the state directory.
+pub struct Prepared {
+    request: OpenRequest,
+    key: KeyFile,
+    store: Arc<dyn Store>,
+    runtime: Runtime,
+}
+
+/// Does what can be done before the state directory is free.
+pub fn prepare(request: OpenRequest) -> Result<Prepared, Failure> {
     let key = load_key(&request.key, if request.read_only { Role::Reader } else { Role::Writer })?;
     let store = open_store(&request.store_url, &request.store_options)?;
     let runtime = runtime()?;
-    // Who mounts a new volume can use it, root or not.
-    let (uid, gid) = own_ids();
-    let options = OpenOptions {
-        store,
-        key,
-        state: request.state.clone(),
-        env: Env::system(),
-        version: match request.at {
-            None => Version::Newest,
-            Some(At::Commit(no)) => Version::Commit(no),
-            Some(At::Time(time)) => Version::Time(time),
-        },
-        protection: request.protection,
-        sync_timeout: request.sync_timeout,
-        disk_cache: request.cache_size,
-        frame_cache: usize::try_from(request.memory_size).unwrap_or(usize::MAX),
-        uploads: request.uploads as usize,
-        settings: Settings {
-            read_only: request.read_only,
-            dirty_max: request.dirty_size,
-            size_limit: request.size_limit,
-            relatime: request.relatime,
-            root_owner: Caller { uid, gid },
-            ..Settings::default()
-        },
-    };
-    let volume = Volume::open(options, runtime.handle()).map_err(|e| failure(&e))?;
-    let control = Arc::new(MountControl::new(Arc::new(volume), &request));
-    Ok(Box::new(Session::new(control, runtime)))
+    Ok(Prepared { request, key, store, runtime })
+}
+
+/// Says why a reader's volume could not be opened again just now: the store does not answer, or not as it did.
+pub fn check_store(request: &OpenRequest) -> Result<(), Failure> {
+    let OpenRequest { store_url, store_options, key, .. } = request.clone();
+    store_status(&StoreRequest { store_url, store_options, key }).map(drop)
+}
+
+impl Prepared {
+    /// Opens the volume, after `before` has closed it if somebody had it open.
+    pub fn open(self, before: Option<&Predecessor>) -> Result<Box<dyn Served>, Failure> {
+        let Prepared { request, key, store, runtime } = self;
+        // Who mounts a new volume can use it, root or not.
+        let (uid, gid) = own_ids();
+        let options = OpenOptions {
+            store,
+            key,
+            state: request.state.clone(),
+            env: Env::system(),
+            version: match request.at {
+                None => Version::Newest,
+                Some(At::Commit(no)) => Version::Commit(no),
+                Some(At::Time(time)) => Version::Time(time),
+            },
+            protection: request.protection,
+            sync_timeout: request.sync_timeout,
+            disk_cache: request.cache_size,
+            frame_cache: usize::try_from(request.memory_size).unwrap_or(usize::MAX),
+            uploads: request.uploads as usize,
+            settings: Settings {
+                read_only: request.read_only,
+                dirty_max: request.dirty_size,
+                size_limit: request.size_limit,
+                relatime: request.relatime,
+                root_owner: Caller { uid, gid },
+                ..Settings::default()
+            },
+        };
+        let volume =
+            Volume::open_after(options, before, &Io::on(runtime.handle())).map_err(|e| failure(&e))?;
+        let control = Arc::new(MountControl::new(Arc::new(volume), &request));
+        Ok(Box::new(Session::new(control, runtime)))
+    }
 }
 
 /// A store and a key to read it with.

@@ -4,16 +4,21 @@
 
 use super::daemon::{self, ReadyPipe};
 use super::exit::{ExitCode, Failure, Outcome};
+use super::handover::{Handed, Interlude, Relay};
 use super::logging::{self, Target};
 use super::mount::MountPlan;
 use super::seam::{self, Served};
 use super::signals;
 use crate::clock::{Clock, Env};
+use crate::fuse::adapter::{Ended, Ready};
+use crate::fuse::beneath;
+use crate::fuse::connection::{Connection, Greeting};
 use crate::fuse::mount::{self as kernel, MountSettings, Unmount, own_ids};
 use crate::fuse::table;
 use crate::ops::control::{Control, Server, socket_path};
 use crate::ops::status::{Ending, Status};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -25,91 +30,210 @@ const SHIPPED_RECENTLY: Duration = Duration::from_secs(60);
 
 /// Opens, mounts and serves until the volume is unmounted.
 pub(super) fn serve(plan: &MountPlan, pipe: ReadyPipe) -> Outcome {
-    let stopper = Arc::new(Stopper::default());
-    prepare_process(plan, &stopper)?;
+    let mut daemon = Daemon::new(plan)?;
     ::log::info!("mounting {} at {}", plan.request.store_url, plan.settings.mountpoint.display());
-    let mut volume = seam::open(plan.request.clone())?;
-    let mut settings = plan.settings.clone();
-    if settings.fsname.is_empty() {
-        settings.fsname = format!("embassyfs:{}", volume.name());
+    let volume = seam::open(plan.request.clone())?;
+    daemon.mount(volume, pipe)
+}
+
+/// The process of one mount.
+pub(super) struct Daemon {
+    plan: MountPlan,
+    stopper: Arc<Stopper>,
+    relay: Arc<Relay>,
+    /// It outlives serving, for those who wait to hear how it ended.
+    server: Arc<Mutex<Option<Server>>>,
+}
+
+impl Daemon {
+    /// Makes this process one that serves according to `plan`.
+    pub fn new(plan: &MountPlan) -> Result<Daemon, Failure> {
+        let stopper = Arc::new(Stopper::default());
+        prepare_process(plan, &stopper)?;
+        Ok(Daemon { plan: plan.clone(), stopper, relay: Arc::default(), server: Arc::default() })
     }
-    let control = Arc::new(Framed::new(volume.control(), plan));
-    let mut server = None;
-    let outcome = serve_mounted(volume.as_mut(), &settings, &control, &stopper, pipe, &mut server);
-    // What was written last is committed, and shipped within a bound unless that was just done.
-    if let Err(e) = control.shutdown(control.shipping_left()) {
-        ::log::warn!("at the end: {e}");
-    }
-    // Closing makes the last checkpoint and ships it too; only then is it known what stays behind.
-    let closed = volume.close();
-    let last = control.status();
-    if let Some(words) = last.ending_in_words() {
-        match last.ending() {
-            Ending::Lost => ::log::error!("closed; {words}"),
-            _ => ::log::warn!("closed; {words}"),
+
+    /// Mounts, and serves to the end.
+    fn mount(&mut self, volume: Box<dyn Served>, pipe: ReadyPipe) -> Outcome {
+        if self.plan.settings.fsname.is_empty() {
+            self.plan.settings.fsname = format!("embassyfs:{}", volume.name());
         }
+        let control = self.control(&*volume);
+        let settings = self.plan.settings.clone();
+        // Held while mounting, so that a signal finds either nothing or all it needs to unmount.
+        let mut target = self.stopper.lock();
+        let made = if self.plan.replace { mount_over_dead(&settings) } else { kernel::mount(&settings) };
+        let fd = match made {
+            Ok(fd) => fd,
+            Err(e) => {
+                drop(target);
+                let what = format!("cannot mount at {}", settings.mountpoint.display());
+                let failure = Failure::from_error(ExitCode::Failed, what, &e);
+                return self.close(volume, &control, Err(failure));
+            }
+        };
+        let mounted = MountedHere::find(&settings.mountpoint);
+        *target = Some(StopTarget { control: control.clone(), mounted: mounted.clone() });
+        drop(target);
+        if let Err(failure) = self.listen(&control) {
+            mounted.detach();
+            return self.close(volume, &control, Err(failure));
+        }
+        let (stopper, relay, shown) = (self.stopper.clone(), self.relay.clone(), volume.shown());
+        let device = mounted.device;
+        let ready = Box::new(move |greeting: &Greeting| {
+            relay.serving(greeting.clone(), shown);
+            if let (Some(device), kib @ 1..) = (device, settings.read_ahead_kib)
+                && let Err(e) = kernel::set_read_ahead(device, kib)
+            {
+                ::log::debug!("the kernel's read-ahead stays at its default: {e}");
+            }
+            ::log::info!("ready");
+            daemon::notify_service_manager();
+            if pipe.ready().is_err() {
+                ::log::warn!("who asked for the mount is gone; unmounting");
+                stopper.stop(1);
+            }
+            Ok(())
+        });
+        self.run(volume, Connection::new(fd), &control, mounted, ready)
     }
-    if let Some(server) = server {
-        server.finish(last);
+
+    /// Serves a mount to the end that another process has served, as soon as `agreed` returns.
+    pub fn take_over(
+        &mut self,
+        volume: Box<dyn Served>,
+        connection: Connection,
+        agreed: Box<dyn FnOnce() -> io::Result<()> + Send>,
+    ) -> Outcome {
+        let control = self.control(&*volume);
+        let mounted = MountedHere::find(&self.plan.settings.mountpoint);
+        let (relay, stopper, shown) = (self.relay.clone(), self.stopper.clone(), volume.shown());
+        let (server, heard, here) = (self.server.clone(), control.clone(), mounted.clone());
+        let ready = Box::new(move |greeting: &Greeting| {
+            agreed()?;
+            // From here on the mount is ours, and nothing may end it.
+            relay.serving(greeting.clone(), shown);
+            *stopper.lock() = Some(StopTarget { control: heard.clone(), mounted: here.clone() });
+            match Server::start(&socket_path(own_ids().0, &here.path), heard) {
+                Ok(started) => *lock(&server) = Some(started),
+                Err(e) => ::log::error!("commands cannot reach this daemon: {e}"),
+            }
+            ::log::info!("ready");
+            Ok(())
+        });
+        self.run(volume, connection, &control, mounted, ready)
     }
-    outcome?;
-    closed?;
-    ::log::info!("closed");
-    Ok(ExitCode::Ok)
+
+    fn control(&self, volume: &dyn Served) -> Arc<Framed> {
+        Arc::new(Framed::new(volume.control(), &self.plan, self.relay.clone()))
+    }
+
+    fn listen(&self, control: &Arc<Framed>) -> Result<(), Failure> {
+        let socket = socket_path(own_ids().0, &self.plan.settings.mountpoint);
+        let started = Server::start(&socket, control.clone()).map_err(|e| {
+            Failure::from_error(ExitCode::Failed, format!("cannot listen on {}", socket.display()), &e)
+        })?;
+        *lock(&self.server) = Some(started);
+        Ok(())
+    }
+
+    /// Serves until the mount is gone or somebody else's.
+    fn run(
+        &mut self,
+        mut volume: Box<dyn Served>,
+        mut connection: Connection,
+        control: &Arc<Framed>,
+        mounted: MountedHere,
+        mut ready: Ready,
+    ) -> Outcome {
+        let taken_over = connection.greeting.is_some();
+        let guard = UnmountOnDrop { mounted, supervised: self.plan.supervise };
+        let outcome = loop {
+            let (relay, shown) = (self.relay.clone(), volume.shown());
+            let ended = volume.serve(&mut connection, &self.relay.switch, ready);
+            match ended {
+                Ok(Ended::Unmounted) => break Ok(()),
+                Err(e) if taken_over && !self.relay.is_serving() => {
+                    // It never was ours.
+                    std::mem::forget(guard);
+                    drop(volume.pass_on());
+                    return Err(e);
+                }
+                Err(e) => break Err(e),
+                Ok(Ended::Stopped) => {}
+            }
+            match self.relay.hand_over(&self.plan, volume, &connection, || control.leave())? {
+                Handed::Over => {
+                    std::mem::forget(guard);
+                    if let Some(server) = &*lock(&self.server) {
+                        server.drain();
+                    }
+                    return Ok(ExitCode::Ok);
+                }
+                Handed::Back(back) => volume = back,
+            }
+            control.enter(volume.control());
+            ready = Box::new(move |greeting: &Greeting| {
+                relay.serving(greeting.clone(), shown);
+                Ok(())
+            });
+        };
+        // Users of a mount that nobody serves get errors.
+        drop(connection);
+        match (&outcome, self.plan.supervise) {
+            (Err(_), true) => std::mem::forget(guard),
+            _ => drop(guard),
+        }
+        self.close(volume, control, outcome)
+    }
+
+    fn close(&self, volume: Box<dyn Served>, control: &Framed, outcome: Result<(), Failure>) -> Outcome {
+        // What was written last is committed, and shipped within a bound unless that was just done.
+        if let Err(e) = control.shutdown(control.shipping_left()) {
+            ::log::warn!("at the end: {e}");
+        }
+        // Closing makes the last checkpoint and ships it too; only then is it known what stays behind.
+        let closed = volume.close();
+        let last = control.status();
+        if let Some(words) = last.ending_in_words() {
+            match last.ending() {
+                Ending::Lost => ::log::error!("closed; {words}"),
+                _ => ::log::warn!("closed; {words}"),
+            }
+        }
+        if let Some(server) = lock(&self.server).take() {
+            server.finish(last);
+        }
+        outcome?;
+        closed?;
+        ::log::info!("closed");
+        Ok(ExitCode::Ok)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Starts the log that `plan` asks for.
+pub(super) fn log_to(plan: &MountPlan) -> io::Result<()> {
+    let target = match (&plan.log_file, plan.foreground) {
+        (Some(path), _) => Target::File { path: path.clone(), take_stderr: !plan.foreground },
+        (None, true) => Target::Stderr,
+        (None, false) => Target::File { path: plan.request.state.join("embassyfs.log"), take_stderr: true },
+    };
+    logging::init(&target, plan.log_level)
 }
 
 fn prepare_process(plan: &MountPlan, stopper: &Arc<Stopper>) -> Result<(), Failure> {
     let fail = |what: &'static str| move |e: io::Error| Failure::from_error(ExitCode::Failed, what, &e);
     signals::block().map_err(fail("cannot block signals"))?;
     daemon::leave_surroundings().map_err(fail("cannot leave the directory"))?;
-    let target = match (&plan.log_file, plan.foreground) {
-        (Some(path), _) => Target::File { path: path.clone(), take_stderr: !plan.foreground },
-        (None, true) => Target::Stderr,
-        (None, false) => Target::File { path: plan.request.state.join("embassyfs.log"), take_stderr: true },
-    };
-    logging::init(&target, plan.log_level).map_err(fail("cannot open the log"))?;
+    log_to(plan).map_err(fail("cannot open the log"))?;
     daemon::protect_process();
     let stopper = stopper.clone();
     signals::watch(move |count| stopper.stop(count)).map_err(fail("cannot watch for signals"))
-}
-
-/// Mounts, listens and serves; `server` outlives it, for those who wait to hear how it ended.
-fn serve_mounted(
-    volume: &mut dyn Served,
-    settings: &MountSettings,
-    control: &Arc<Framed>,
-    stopper: &Arc<Stopper>,
-    pipe: ReadyPipe,
-    server: &mut Option<Server>,
-) -> Result<(), Failure> {
-    let place = settings.mountpoint.display();
-    let fail = |what: String| move |e: io::Error| Failure::from_error(ExitCode::Failed, what, &e);
-    // Held while mounting, so that a signal finds either nothing or all it needs to unmount.
-    let mut target = stopper.lock();
-    let fd = kernel::mount(settings).map_err(fail(format!("cannot mount at {place}")))?;
-    let mounted = MountedHere::find(&settings.mountpoint);
-    *target = Some(StopTarget { control: control.clone(), mounted: mounted.clone() });
-    drop(target);
-    let _guard = UnmountOnDrop(mounted.clone());
-    let socket = socket_path(own_ids().0, &settings.mountpoint);
-    let listening = Server::start(&socket, control.clone());
-    *server = Some(listening.map_err(fail(format!("cannot listen on {}", socket.display())))?);
-    let read_ahead_kib = settings.read_ahead_kib;
-    let for_ready = stopper.clone();
-    let ready = Box::new(move || {
-        if let (Some(device), 1..) = (mounted.device, read_ahead_kib)
-            && let Err(e) = kernel::set_read_ahead(device, read_ahead_kib)
-        {
-            ::log::debug!("the kernel's read-ahead stays at its default: {e}");
-        }
-        ::log::info!("ready");
-        daemon::notify_service_manager();
-        if pipe.ready().is_err() {
-            ::log::warn!("who asked for the mount is gone; unmounting");
-            for_ready.stop(1);
-        }
-    });
-    volume.serve(fd, settings, ready)
 }
 
 /// A mount of this process, told apart from others at the same place by its device number.
@@ -137,12 +261,31 @@ impl MountedHere {
     }
 }
 
+/// Mounts where a daemon has died: whoever comes by finds the dead mount or the new one.
+fn mount_over_dead(settings: &MountSettings) -> io::Result<OwnedFd> {
+    let dead = MountedHere::find(&settings.mountpoint);
+    if dead.device.is_none() {
+        return Err(io::Error::new(io::ErrorKind::NotFound, "the dead mount was taken away meanwhile"));
+    }
+    beneath::replace(settings).or_else(|e| {
+        ::log::info!("for a moment nothing is mounted at {}: {e}", settings.mountpoint.display());
+        dead.detach();
+        kernel::mount(settings)
+    })
+}
+
 /// Detaches a mount whose serving has ended, so that it is not left dead.
-struct UnmountOnDrop(MountedHere);
+struct UnmountOnDrop {
+    mounted: MountedHere,
+    /// After a failure somebody mounts again.
+    supervised: bool,
+}
 
 impl Drop for UnmountOnDrop {
     fn drop(&mut self) {
-        self.0.detach();
+        if !(self.supervised && std::thread::panicking()) {
+            self.mounted.detach();
+        }
     }
 }
 
@@ -195,7 +338,9 @@ impl Stopper {
 
 /// A volume's control with what only the frame knows filled in.
 struct Framed {
-    inner: Arc<dyn Control>,
+    inner: Mutex<Arc<dyn Control>>,
+    relay: Arc<Relay>,
+    plan: MountPlan,
     clock: Arc<dyn Clock>,
     started: Duration,
     /// When shipping was last tried to the end.
@@ -206,10 +351,12 @@ struct Framed {
 }
 
 impl Framed {
-    fn new(inner: Arc<dyn Control>, plan: &MountPlan) -> Framed {
+    fn new(inner: Arc<dyn Control>, plan: &MountPlan, relay: Arc<Relay>) -> Framed {
         let clock = Env::system().clock;
         Framed {
-            inner,
+            inner: Mutex::new(inner),
+            relay,
+            plan: plan.clone(),
             started: clock.monotonic(),
             clock,
             shipped: Mutex::default(),
@@ -217,6 +364,20 @@ impl Framed {
             state: plan.request.state.display().to_string(),
             store: plan.request.store_url.clone(),
         }
+    }
+
+    fn inner(&self) -> Arc<dyn Control> {
+        lock(&self.inner).clone()
+    }
+
+    /// The volume is about to be closed for a successor: nothing of it is held any more.
+    fn leave(&self) {
+        let last = self.inner().status();
+        self.enter(Arc::new(Interlude(last)));
+    }
+
+    fn enter(&self, inner: Arc<dyn Control>) {
+        *lock(&self.inner) = inner;
     }
 
     fn fill(&self, mut status: Status) -> Status {
@@ -233,7 +394,7 @@ impl Framed {
 
     /// How long the end may still ship.
     fn shipping_left(&self) -> Duration {
-        let shipped = *self.shipped.lock().unwrap_or_else(PoisonError::into_inner);
+        let shipped = *lock(&self.shipped);
         match shipped {
             Some(at) if self.clock.monotonic() - at < SHIPPED_RECENTLY => Duration::ZERO,
             _ => STOP_SHIPPING,
@@ -243,17 +404,23 @@ impl Framed {
 
 impl Control for Framed {
     fn status(&self) -> Status {
-        self.fill(self.inner.status())
+        self.fill(self.inner().status())
     }
 
     fn sync(&self, timeout: Duration, progress: &mut dyn FnMut(&Status)) -> Result<Status, String> {
-        let done = self.inner.sync(timeout, &mut |status| progress(&self.fill(status.clone())));
+        let done = self.inner().sync(timeout, &mut |status| progress(&self.fill(status.clone())));
         done.map(|status| self.fill(status))
     }
 
     fn shutdown(&self, timeout: Duration) -> Result<Status, String> {
-        let done = self.inner.shutdown(timeout);
-        *self.shipped.lock().unwrap_or_else(PoisonError::into_inner) = Some(self.clock.monotonic());
+        let done = self.inner().shutdown(timeout);
+        *lock(&self.shipped) = Some(self.clock.monotonic());
         done.map(|status| self.fill(status))
+    }
+
+    fn upgrade(&self, program: &Path, _: Duration) -> Result<Status, String> {
+        // The volume's own control is not held meanwhile: it keeps the state directory locked.
+        self.relay.ask(&self.plan, program, || self.inner())?;
+        Ok(self.status())
     }
 }

@@ -4,25 +4,30 @@
 use super::exit::{ExitCode, Failure};
 use super::seam::{OpenRequest, Served};
 use crate::clock::Env;
-use crate::fuse::adapter;
-use crate::fuse::mount::MountSettings;
+use crate::fuse::adapter::{self, Ended, Ready};
+use crate::fuse::connection::{Connection, Switch};
 use crate::fuse::serve::{Backend, Requests};
 use crate::log;
 use crate::ops::control::Control;
 use crate::ops::status::{CommitPoint, Status};
+use crate::replica::Predecessor;
 use crate::replica::durable::Protection;
 use crate::replica::volume::Volume;
 use crate::types::{CommitNo, FramePtr};
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 use tokio::runtime::Runtime;
 
 /// How often a waiting caller is told how far it is.
-const PROGRESS_EVERY: Duration = Duration::from_millis(200);
+const PROGRESS_EVERY: Duration = Duration::from_millis(50);
+/// How often it is looked whether a commit is done.
+const COMMIT_LOOK: Duration = Duration::from_millis(2);
+/// How long what is on the pool may take to end when the mount is handed over.
+const POOL_WAIT: Duration = Duration::from_secs(2);
 /// How long closing waits for what the last checkpoint added; the rest has been shipped before.
 const CLOSE_WAIT: Duration = Duration::from_secs(10);
 
@@ -34,6 +39,8 @@ pub(super) struct MountControl {
     protection: Protection,
     /// The last error that an application was given and that POSIX does not foresee.
     failed: Mutex<Option<String>>,
+    /// The mount is being handed over: nobody waits for the store any more.
+    leaving: AtomicBool,
 }
 
 impl MountControl {
@@ -43,6 +50,7 @@ impl MountControl {
             state: request.state.display().to_string(),
             protection: request.protection,
             failed: Mutex::new(None),
+            leaving: AtomicBool::new(false),
             volume,
         }
     }
@@ -60,6 +68,9 @@ impl MountControl {
         for _ in 0..=rounds {
             match receiver.recv_timeout(PROGRESS_EVERY) {
                 Ok(result) => return result.map_err(|e| e.to_string()),
+                Err(RecvTimeoutError::Timeout) if self.leaving.load(Ordering::Acquire) => {
+                    return Err("another process goes on with the mount; ask again".into());
+                }
                 Err(RecvTimeoutError::Timeout) => progress(&self.status()),
                 Err(RecvTimeoutError::Disconnected) => return Err("the volume is being closed".into()),
             }
@@ -110,6 +121,27 @@ impl Control for MountControl {
             status.unsent_segments += 1;
         }
         status
+    }
+
+    fn commit(&self, timeout: Duration) -> Result<(), String> {
+        let fs = &self.volume.fs;
+        let Some(durable) = self.volume.durable() else { return Ok(()) };
+        let commit = fs.sync_point();
+        fs.request_commit(commit, false);
+        for _ in 0..=timeout.as_millis() / COMMIT_LOOK.as_millis() {
+            if let Some(reason) = fs.failure() {
+                return Err(reason);
+            }
+            if durable.snapshot().local >= commit {
+                return Ok(());
+            }
+            std::thread::sleep(COMMIT_LOOK);
+        }
+        Err(format!("what was written is not committed within {} s", timeout.as_secs()))
+    }
+
+    fn let_go(&self) {
+        self.leaving.store(true, Ordering::Release);
     }
 
     fn sync(&self, timeout: Duration, progress: &mut dyn FnMut(&Status)) -> Result<Status, String> {
@@ -174,14 +206,39 @@ impl Served for Session {
 
     fn serve(
         &mut self,
-        fuse_fd: OwnedFd,
-        _settings: &MountSettings,
-        ready: Box<dyn FnOnce() + Send>,
-    ) -> Result<(), Failure> {
+        connection: &mut Connection,
+        switch: &Switch,
+        ready: Ready,
+    ) -> Result<Ended, Failure> {
         let backend: Arc<dyn Backend> = self.control.clone();
         let requests = Requests::new(self.control.volume.fs.clone(), backend, self.runtime.handle().clone());
-        adapter::serve(requests, fuse_fd, Env::system().clock, ready)
+        adapter::serve(requests, connection, switch, Env::system().clock, ready)
             .map_err(|e| Failure::from_error(ExitCode::Failed, "serving the kernel", &e))
+    }
+
+    fn shown(&self) -> Option<CommitNo> {
+        let volume = &self.control.volume;
+        volume.opened.filter(|_| volume.durable().is_none()).map(|(no, _)| no)
+    }
+
+    fn pass_on(self: Box<Self>) -> Predecessor {
+        let Session { control, runtime } = *self;
+        let volume = control.volume.clone();
+        drop(control);
+        volume.close(Duration::ZERO);
+        let before = volume.predecessor();
+        let dir = Arc::downgrade(&volume.dir);
+        drop(volume);
+        // What still waits on the pool holds the volume, and with it the state directory's lock.
+        runtime.shutdown_timeout(POOL_WAIT);
+        for _ in 0..POOL_WAIT.as_millis() {
+            if dir.strong_count() == 0 {
+                return before;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        ::log::error!("something still holds the state directory, though the volume is closed");
+        before
     }
 
     fn close(self: Box<Self>) -> Result<Status, Failure> {

@@ -5,7 +5,7 @@
 use super::checkpoint::{Checkpointer, Frozen};
 use super::dirty::{DirtyFile, Run};
 use super::edit::ExtentEdit;
-use super::state::{DirtyFiles, Level, State};
+use super::state::{BROKEN, DirtyFiles, Level, State};
 use super::{Fs, MAX_FILE_SIZE};
 use crate::log::writer::LogWriter;
 use crate::log::{self, Append, ClosedSegment};
@@ -136,7 +136,11 @@ impl Committer {
             let todo = self.wait();
             let stop = todo.stop;
             // A panic is a bug, but those who wait for a commit must hear of it like of any other failure.
-            let worked = catch_unwind(AssertUnwindSafe(|| self.work(todo)));
+            let broken = self.fs.state.lock().broken;
+            let worked = match broken {
+                false => catch_unwind(AssertUnwindSafe(|| self.work(todo))),
+                true => Ok(Err(log::Error::Latched(BROKEN.into()))),
+            };
             let failed = match worked {
                 Ok(Ok(())) => None,
                 Ok(Err(e)) => Some(e.to_string()),
@@ -213,7 +217,7 @@ impl Committer {
             commit: changed && (urgent || passed(state.changed_at)),
             close: behind && (passed(opened) || state.stopping || state.wanted_closed > self.closed),
             checkpoint: checkpoint && !self.checkpointer.busy(),
-            stop: state.stopping,
+            stop: state.stopping || state.broken,
         };
         let deadlines = [state.changed_at, opened].into_iter().flatten();
         let next = deadlines.map(|at| (at + interval).saturating_sub(now)).min();
@@ -356,6 +360,9 @@ impl Committer {
     /// Takes the running generation and begins the next: a few pointer swaps.
     fn take(&mut self) -> Option<Taken> {
         let mut state = self.fs.state.lock();
+        if state.broken {
+            return None;
+        }
         state.changed_at.take()?;
         let meta = Arc::new(std::mem::take(&mut state.active));
         let weight = std::mem::take(&mut state.active_weight);

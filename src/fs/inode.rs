@@ -3,6 +3,7 @@
 
 use super::acl::AclKind;
 use super::error::{Result, os};
+use super::lookups::Lookups;
 use super::state::Tx;
 use super::{Caller, Fs, MAX_FILE_SIZE, NAME_MAX};
 use crate::log;
@@ -286,9 +287,27 @@ impl Fs {
         Ok(())
     }
 
+    /// What the kernel holds, for who goes on with its connection.
+    pub fn held(&self) -> Vec<u8> {
+        self.state.lock().lookups.encode()
+    }
+
+    /// Takes over what the kernel holds; see [`Fs::held`]. False if it cannot be understood.
+    pub fn take_held(&self, held: &[u8]) -> bool {
+        let Some(lookups) = Lookups::decode(held) else { return false };
+        self.state.lock().lookups = lookups;
+        true
+    }
+
     /// Inodes that were unlinked but not freed yet.
     pub fn orphans(&self) -> Vec<Ino> {
         self.state.lock().orphans.iter().copied().collect()
+    }
+
+    /// Of these, the ones that the kernel does not hold.
+    pub fn abandoned(&self) -> Vec<Ino> {
+        let state = self.state.lock();
+        state.orphans.iter().copied().filter(|ino| !state.lookups.holds(*ino)).collect()
     }
 }
 
@@ -410,6 +429,7 @@ impl Tx<'_> {
         }
         self.put(key::orphan(ino), None);
         self.drop_inode(ino);
+        self.st.changing = true;
         self.st.orphans.remove(&ino);
         self.st.allocated.remove(&ino);
         self.st.inodes = self.st.inodes.saturating_sub(1);

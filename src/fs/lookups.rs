@@ -47,6 +47,46 @@ impl Lookups {
         self.blocks.get(&(ino.0 / BLOCK)).is_some_and(|b| b[(ino.0 % BLOCK) as usize] > 0)
     }
 
+    /// All counts, for another process. Block by block: its number, and a byte for each inode; then, behind a number that
+    /// no block has, inodes and what exceeds their bytes. Integers are little-endian.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        for (number, block) in self.blocks.iter().filter(|(_, block)| block.iter().any(|count| *count > 0)) {
+            out.extend(number.to_le_bytes());
+            out.extend_from_slice(&block[..]);
+        }
+        out.extend(u64::MAX.to_le_bytes());
+        for (ino, more) in &self.overflow {
+            out.extend(ino.0.to_le_bytes());
+            out.extend(more.to_le_bytes());
+        }
+        out
+    }
+
+    /// What [`Lookups::encode`] gave.
+    pub fn decode(mut bytes: &[u8]) -> Option<Lookups> {
+        fn number(bytes: &mut &[u8]) -> Option<u64> {
+            let (first, rest) = bytes.split_first_chunk()?;
+            *bytes = rest;
+            Some(u64::from_le_bytes(*first))
+        }
+        let mut lookups = Lookups::default();
+        loop {
+            let number = number(&mut bytes)?;
+            if number == u64::MAX {
+                break;
+            }
+            let (block, rest) = bytes.split_first_chunk::<{ BLOCK as usize }>()?;
+            lookups.blocks.insert(number, Box::new(*block));
+            bytes = rest;
+        }
+        while !bytes.is_empty() {
+            let ino = Ino(number(&mut bytes)?);
+            lookups.overflow.insert(ino, number(&mut bytes)?);
+        }
+        Some(lookups)
+    }
+
     fn cell(&mut self, ino: Ino) -> &mut u8 {
         let block = self.blocks.entry(ino.0 / BLOCK).or_insert_with(|| Box::new([0; BLOCK as usize]));
         &mut block[(ino.0 % BLOCK) as usize]
@@ -68,5 +108,18 @@ mod tests {
         assert!(lookups.holds(ino));
         assert!(lookups.forget(ino, 1));
         assert!(!lookups.holds(ino));
+    }
+
+    #[test]
+    fn counts_survive_the_way_to_another_process() {
+        let mut lookups = Lookups::default();
+        for (ino, n) in [(1, 1), (4095, 3), (4096, 255), (70_000, 300)] {
+            (0..n).for_each(|_| lookups.add(Ino(ino)));
+        }
+        let bytes = lookups.encode();
+        let mut there = Lookups::decode(&bytes).expect("understood");
+        assert!(!there.holds(Ino(2)) && !there.forget(Ino(4095), 2) && there.forget(Ino(4095), 1));
+        assert!(!there.forget(Ino(70_000), 299) && there.forget(Ino(70_000), 1));
+        assert!(Lookups::decode(&bytes[..bytes.len() - 1]).is_none() && Lookups::decode(b"").is_none());
     }
 }

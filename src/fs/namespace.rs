@@ -343,6 +343,7 @@ impl Tx<'_> {
         }
         if self.st.lookups.holds(ino) {
             self.put(key::orphan(ino), Some(crate::tree::value::encode_orphan()));
+            self.st.changing = true;
             self.st.orphans.insert(ino);
             return Ok(());
         }

@@ -15,9 +15,9 @@ use crate::tree::key::{self, Key};
 use crate::tree::memtable::{Levels, weight};
 use crate::tree::value::{Body, Inode};
 use crate::types::{CommitNo, Ino, Timestamp};
-use parking_lot::MutexGuard;
+use parking_lot::{Condvar, MutexGuard};
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,6 +26,9 @@ pub(super) const FIRST_ENTRY: u64 = 3;
 
 /// Changed keys in memory, in units of the size at which a checkpoint is made, at which writers wait for it.
 const MEMTABLES_MAX: usize = 4;
+
+/// Why a file system is latched in which a change was left half made.
+pub(super) const BROKEN: &str = "a bug: a panic in the middle of a change; what was not committed is lost";
 
 /// What recovery hands over: the tree of the newest checkpoint, and the changes replayed behind it.
 pub struct Recovery {
@@ -107,6 +110,10 @@ pub(super) struct State {
     pub waiting_for_space: Vec<Box<dyn FnOnce() + Send>>,
     pub no_space: bool,
     pub failed: Option<String>,
+    /// A change has begun and is not complete yet.
+    pub changing: bool,
+    /// A panic left a change half made: nothing of the running generation may be committed.
+    pub broken: bool,
     /// Commits up to this are asked for now.
     pub wanted: CommitNo,
     /// Commits up to this are asked to be in closed segments.
@@ -144,6 +151,8 @@ impl State {
             waiting_for_space: Vec::new(),
             no_space: false,
             failed: None,
+            changing: false,
+            broken: false,
             wanted: CommitNo(0),
             wanted_closed: CommitNo(0),
             stopping: false,
@@ -202,6 +211,7 @@ impl State {
 
     /// Changes the written bytes of a file; the closure also gets the queue of runs that have become whole records.
     pub fn edit_dirty(&mut self, ino: Ino, change: impl FnOnce(&mut DirtyFile, &mut VecDeque<(Ino, u64)>)) {
+        self.changing = true;
         let file = self.dirty.entry(ino).or_default();
         let before = file.bytes();
         change(file, &mut self.full);
@@ -255,10 +265,41 @@ impl State {
     }
 }
 
+/// The state in the hands of a change. A panic that leaves the change half made latches the file system.
+pub(super) struct Changing<'a> {
+    state: MutexGuard<'a, State>,
+    wake: &'a Condvar,
+}
+
+impl Deref for Changing<'_> {
+    type Target = State;
+    fn deref(&self) -> &State {
+        &self.state
+    }
+}
+
+impl DerefMut for Changing<'_> {
+    fn deref_mut(&mut self) -> &mut State {
+        &mut self.state
+    }
+}
+
+impl Drop for Changing<'_> {
+    fn drop(&mut self) {
+        if self.state.changing && std::thread::panicking() {
+            ::log::error!("the file system is read-only from here: {BROKEN}");
+            self.state.broken = true;
+            self.state.failed.get_or_insert_with(|| BROKEN.into());
+            self.wake.notify_one();
+        }
+        self.state.changing = false;
+    }
+}
+
 /// One operation that changes things: reads freely, collects its changes, and applies them all at the end.
 pub(super) struct Tx<'a> {
     pub fs: &'a Fs,
-    pub st: MutexGuard<'a, State>,
+    pub st: Changing<'a>,
     /// The instant every time stamp of this operation takes.
     pub now: Timestamp,
     inodes: Vec<(Ino, Inode)>,
@@ -278,6 +319,7 @@ impl Fs {
         if st.memtable_weight() >= MEMTABLES_MAX * self.settings.memtable_max {
             return Err(Error::Busy);
         }
+        let st = Changing { state: st, wake: &self.wake };
         Ok(Tx { fs: self, st, now: self.env.clock.now(), inodes: Vec::new(), puts: Vec::new() })
     }
 
@@ -340,6 +382,7 @@ impl Tx<'_> {
 
     /// Makes the change visible. Nothing can fail from here on.
     pub fn apply(mut self) {
+        self.st.changing = true;
         for (key, value) in self.puts.drain(..) {
             self.st.put(key, value);
         }

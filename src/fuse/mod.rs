@@ -3,7 +3,11 @@
 //! Invariant: nothing here waits on the dispatch thread, and nothing below here knows that there is a kernel.
 
 pub mod adapter;
+pub mod beneath;
+pub mod connection;
+pub mod gate;
 pub mod mount;
 mod pace;
+pub mod pass;
 pub mod serve;
 pub mod table;

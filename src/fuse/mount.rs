@@ -2,6 +2,7 @@
 //! Invariant: what is given to the kernel as an option value holds no comma, so that no value can smuggle in
 //! another option; and a mount point that is already served is never mounted over.
 
+use super::pass::receive_fd;
 use super::table::{self, FS_TYPE};
 use std::ffi::{CString, OsString};
 use std::fmt::Write as _;
@@ -218,39 +219,6 @@ fn helper_missing(e: io::Error) -> io::Error {
     io::Error::new(io::ErrorKind::PermissionDenied, text)
 }
 
-/// Receives one descriptor that the peer passes with a message.
-fn receive_fd(socket: &UnixStream) -> io::Result<OwnedFd> {
-    const ROOM: usize = 64;
-    let mut byte = [0u8; 1];
-    let mut control = [0u64; ROOM / 8]; // u64 for the alignment that cmsghdr wants
-    let mut part = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: byte.len() };
-    // SAFETY: msghdr is plain data for which all zeroes is a valid value.
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = &mut part;
-    message.msg_iovlen = 1;
-    message.msg_control = control.as_mut_ptr().cast();
-    message.msg_controllen = ROOM;
-    // SAFETY: `message` points to buffers that live until the end of this function, with their true lengths.
-    let n = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC) };
-    if n < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel filled in msg_controllen; CMSG_FIRSTHDR gives null or a header within `control`.
-    let header = unsafe { libc::CMSG_FIRSTHDR(&message) };
-    if n == 0 || header.is_null() {
-        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it handed over no connection"));
-    }
-    // SAFETY: `header` is not null and lies within `control`, aligned as CMSG_FIRSTHDR promises.
-    let (level, kind, len) = unsafe { ((*header).cmsg_level, (*header).cmsg_type, (*header).cmsg_len) };
-    // SAFETY: CMSG_LEN only computes.
-    let wanted = unsafe { libc::CMSG_LEN(size_of::<RawFd>() as u32) } as usize;
-    if level != libc::SOL_SOCKET || kind != libc::SCM_RIGHTS || len != wanted {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "its message is not a connection"));
-    }
-    // SAFETY: an SCM_RIGHTS message of this length holds exactly one descriptor, which is now ours alone.
-    Ok(unsafe { OwnedFd::from_raw_fd(std::ptr::read_unaligned(libc::CMSG_DATA(header).cast::<RawFd>())) })
-}
-
 /// How firmly to unmount.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Unmount {
@@ -410,12 +378,5 @@ mod tests {
         let file = tempfile::NamedTempFile::new().expect("temporary file");
         let error = check_mountpoint(file.path()).expect_err("a file");
         assert_eq!(error.kind(), io::ErrorKind::NotADirectory);
-    }
-
-    #[test]
-    fn a_passed_descriptor_arrives_and_its_absence_is_an_error() {
-        let (a, b) = UnixStream::pair().expect("pair");
-        drop(b);
-        assert!(receive_fd(&a).is_err());
     }
 }

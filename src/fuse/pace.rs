@@ -71,6 +71,7 @@ impl Pace {
             begun: Mutex::new(false),
             wake: Condvar::new(),
         });
+        pace.set_spinning(false); // who served the descriptor before may have left it so
         if pace.useful {
             let watched = Arc::downgrade(&pace);
             std::thread::Builder::new().name("pace".into()).spawn(move || watch(&watched))?;

@@ -1,13 +1,16 @@
 //! Carrying a request to its reply: at once if it can be answered from here, else through the pool.
-//! Invariant: every request is answered exactly once, within a bound; what fails is logged with its operation.
+//! Invariant: every request is answered exactly once, within a bound, or, when the connection is handed over, has had
+//! no effect and is left to who goes on; what fails is logged with its operation.
 
+use super::gate::{Gate, What};
 use crate::fs::{self, Fs, Seek, Strip};
 use crate::log;
 use crate::types::{CommitNo, FramePtr, Ino};
 use bytes::Bytes;
 use futures::future::BoxFuture;
+use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
@@ -57,30 +60,40 @@ pub struct Requests {
     fs: Arc<Fs>,
     backend: Arc<dyn Backend>,
     pool: Handle,
+    gate: Arc<Gate>,
+}
+
+/// A request on the pool.
+struct Job<Op, Reply> {
+    what: What,
+    op: Op,
+    reply: Reply,
 }
 
 impl Requests {
     /// Requests over `fs`, with waiting ones on `pool`.
     pub fn new(fs: Arc<Fs>, backend: Arc<dyn Backend>, pool: Handle) -> Arc<Requests> {
-        Arc::new(Requests { fs, backend, pool })
+        Arc::new(Requests { fs, backend, pool, gate: Arc::new(Gate::new()) })
     }
 
-    /// Runs `op`, and `reply` with its result, here or on the pool.
+    /// The gate in front of them.
+    pub(super) fn gate(&self) -> &Arc<Gate> {
+        &self.gate
+    }
+
+    /// Runs `op`, and `reply` with its result, here or on the pool. The caller is inside the gate.
     pub(super) fn serve<T: Send + 'static>(
         self: &Arc<Self>,
         what: &'static str,
         mut op: impl FnMut(&Fs) -> fs::Result<T> + Send + 'static,
         reply: impl FnOnce(&Fs, Served<T>) + Send + 'static,
     ) {
-        match self.attempt(what, &mut op) {
+        let what = What::current(what);
+        match self.attempt(&what, &mut op) {
             Err(e) if wants_retry(&e) => {
-                let this = self.clone();
-                self.pool.spawn(async move {
-                    let result = this.retry(what, op, e).await;
-                    reply(&this.fs, result);
-                });
+                self.pool.spawn(self.clone().retry(Job { what, op, reply }, e));
             }
-            result => reply(&self.fs, result.map_err(|e| self.report(what, &e))),
+            result => reply(&self.fs, result.map_err(|e| self.report(&what, &e))),
         }
     }
 
@@ -100,46 +113,40 @@ impl Requests {
             }
             Ok(bytes)
         };
+        let what = What::current("read");
+        let reply = move |_: &Fs, result| reply(result);
         if len >= POOL_READ {
             // A streaming reader has several of these under way: they are opened side by side.
             let this = self.clone();
             self.pool.spawn(async move {
-                let result = match this.attempt("read", &mut op) {
-                    Err(e) if wants_retry(&e) => {
-                        this.read_ahead(ino, offset + len as u64);
-                        this.retry("read", op, e).await
-                    }
-                    result => result.map_err(|e| this.report("read", &e)),
-                };
-                reply(result);
+                if let Some((job, e)) = this.settle(Job { what, op, reply }) {
+                    this.read_ahead(ino, offset + len as u64);
+                    this.retry(job, e).await;
+                }
             });
             return;
         }
-        match self.attempt("read", &mut op) {
+        match self.attempt(&what, &mut op) {
             Err(e) if wants_retry(&e) => {
-                let this = self.clone();
-                self.pool.spawn(async move {
-                    this.read_ahead(ino, offset + len as u64);
-                    reply(this.retry("read", op, e).await);
-                });
+                self.read_ahead(ino, offset + len as u64);
+                self.pool.spawn(self.clone().retry(Job { what, op, reply }, e));
             }
-            result => reply(result.map_err(|e| self.report("read", &e))),
+            result => reply(&self.fs, result.map_err(|e| self.report(&what, &e))),
         }
     }
 
     fn read_ahead(self: &Arc<Self>, ino: Ino, from: u64) {
-        let ahead =
-            catch_unwind(AssertUnwindSafe(|| self.fs.frames_of(ino, from..from.saturating_add(READ_AHEAD))));
-        if let Ok(Ok(ptrs)) = ahead
-            && !ptrs.is_empty()
-        {
-            let this = self.clone();
-            self.pool.spawn(async move {
-                if let Err(e) = this.backend.fetch(ptrs).await {
-                    ::log::debug!("read-ahead: {e}"); // the read itself will say it aloud
-                }
-            });
-        }
+        let this = self.clone();
+        self.pool.spawn(async move {
+            let Ok(ptrs) = this.fs.frames_of(ino, from..from.saturating_add(READ_AHEAD)) else { return };
+            let fetched = tokio::select! {
+                fetched = this.backend.fetch(ptrs) => fetched,
+                () = this.gate.closed() => return,
+            };
+            if let Err(e) = fetched {
+                ::log::debug!("read-ahead: {e}"); // the read itself will say it aloud
+            }
+        });
     }
 
     /// Writes; the bytes are copied only if the write has to wait.
@@ -151,14 +158,15 @@ impl Requests {
         strip: Strip,
         reply: impl FnOnce(Served<usize>) + Send + 'static,
     ) {
-        match self.attempt("write", &mut |fs| fs.write_as(ino, offset, data, strip)) {
+        let what = What::current("write");
+        match self.attempt(&what, &mut |fs| fs.write_as(ino, offset, data, strip)) {
             Err(e) if wants_retry(&e) => {
-                let (this, data) = (self.clone(), data.to_vec());
-                self.pool.spawn(async move {
-                    reply(this.retry("write", move |fs| fs.write_as(ino, offset, &data, strip), e).await);
-                });
+                let data = data.to_vec();
+                let op = move |fs: &Fs| fs.write_as(ino, offset, &data, strip);
+                let reply = move |_: &Fs, result| reply(result);
+                self.pool.spawn(self.clone().retry(Job { what, op, reply }, e));
             }
-            result => reply(result.map_err(|e| self.report("write", &e))),
+            result => reply(result.map_err(|e| self.report(&what, &e))),
         }
     }
 
@@ -175,42 +183,12 @@ impl Requests {
         if self.fs.settings.read_only || matches!(self.fs.may_have_holes(ino), Ok(false)) {
             return self.serve("lseek", move |fs| fs.seek(ino, offset, what), move |_, result| reply(result));
         }
-        let this = self.clone();
+        let (this, pool) = (Arc::downgrade(self), self.pool.clone());
+        let at = What::current("lseek");
         // Not on the dispatch thread: the kernel's writes come to it while this waits for them.
-        self.pool.spawn_blocking(move || reply(this.seek_written_back(ino, offset, what, write_back)));
-    }
-
-    fn seek_written_back(
-        &self,
-        ino: Ino,
-        offset: u64,
-        what: Seek,
-        write_back: impl Fn(u64, u64) -> std::io::Result<()>,
-    ) -> Served<u64> {
-        let mut cleaned = offset;
-        loop {
-            let mut op = move |fs: &Fs| fs.seek(ino, offset, what);
-            let found = match self.attempt("lseek", &mut op) {
-                Err(e) if wants_retry(&e) => self.pool.block_on(self.retry("lseek", op, e)),
-                result => result.map_err(|e| self.report("lseek", &e)),
-            };
-            // The hole that was passed, or that was found, must be one for the kernel too.
-            let suspect = match (what, &found) {
-                (Seek::Data, Ok(at)) => offset..*at,
-                (Seek::Data, Err(_)) => offset..u64::MAX,
-                (Seek::Hole, Ok(at)) => *at..at.saturating_add(PAGE),
-                (Seek::Hole, Err(_)) => return found,
-            };
-            if suspect.is_empty() || suspect.end <= cleaned {
-                return found;
-            }
-            let len = if suspect.end == u64::MAX { 0 } else { suspect.end - suspect.start };
-            if let Err(e) = write_back(suspect.start, len) {
-                ::log::warn!("lseek: the kernel does not write back inode {}: {e}", ino.0);
-                return found;
-            }
-            cleaned = suspect.end;
-        }
+        self.pool.spawn_blocking(move || {
+            seek_written_back(&this, &pool, at, (ino, offset, what), write_back, reply)
+        });
     }
 
     /// Bytes that a mapping left to the kernel could not be taken: nobody waits for the answer, so it is said here.
@@ -230,11 +208,16 @@ impl Requests {
         }
         let commit = self.fs.sync_point();
         self.fs.request_commit(commit, self.backend.ships_on_fsync());
+        // Called by whoever makes it durable, who must not suffer from a panic here.
+        let at = What::current("fsync");
         let done = move |result: Result<(), String>| {
-            reply(result.map_err(|reason| {
+            let result = result.map_err(|reason| {
                 ::log::error!("fsync of commit {}: {reason}", commit.0);
                 libc::EIO
-            }));
+            });
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| reply(result))) {
+                ::log::error!("{at}: panic in the reply: {}", panic_text(&*panic));
+            }
         };
         self.backend.when_durable(commit, Box::new(done));
     }
@@ -263,51 +246,95 @@ impl Requests {
     }
 
     /// One try. A panic inside becomes EIO: the mount goes on.
-    fn attempt<T>(&self, what: &str, op: &mut impl FnMut(&Fs) -> fs::Result<T>) -> fs::Result<T> {
+    fn attempt<T>(&self, what: &What, op: &mut impl FnMut(&Fs) -> fs::Result<T>) -> fs::Result<T> {
         catch_unwind(AssertUnwindSafe(|| op(&self.fs))).unwrap_or_else(|panic| {
-            let text = panic
-                .downcast_ref::<String>()
-                .map(String::as_str)
-                .or_else(|| panic.downcast_ref::<&str>().copied())
-                .unwrap_or("no message");
-            ::log::error!("{what}: panic: {text}");
+            self.panicked(what, &*panic);
             Err(fs::Error::Os(libc::EIO))
         })
     }
 
-    async fn retry<T>(
-        &self,
-        what: &'static str,
-        mut op: impl FnMut(&Fs) -> fs::Result<T>,
-        mut error: fs::Error,
-    ) -> Served<T> {
-        let mut waited_for_commit = false;
-        for _ in 0..FETCH_ROUNDS {
-            if let Some(ptrs) = error.missing() {
-                if let Err(e) = self.backend.fetch(ptrs.to_vec()).await {
-                    return Err(self.report(what, &fs::Error::Log(e)));
-                }
-            } else if matches!(error, fs::Error::Busy) {
-                self.wait_for_space(what).await?;
-            } else if matches!(error, fs::Error::OverLimit) && !waited_for_commit {
-                waited_for_commit = true;
-                self.wait_for_space(what).await?;
-            } else {
-                return Err(self.report(what, &error));
-            }
-            match self.attempt(what, &mut op) {
-                Ok(value) => return Ok(value),
-                Err(e) => error = e,
+    /// A bug: said in log and status, with what was asked but not what it carried.
+    pub(super) fn panicked(&self, what: &What, panic: &(dyn Any + Send)) {
+        let text = format!("{what}: panic: {}", panic_text(panic));
+        ::log::error!("{text}; answered EIO");
+        self.backend.failed(&text);
+    }
+
+    /// One try on the pool, and the reply if that settles it. Else the job comes back with what it wants. When the
+    /// connection is being handed over the request is left to who goes on: it has had no effect.
+    fn settle<T, Op, Reply>(&self, mut job: Job<Op, Reply>) -> Option<(Job<Op, Reply>, fs::Error)>
+    where
+        Op: FnMut(&Fs) -> fs::Result<T>,
+        Reply: FnOnce(&Fs, Served<T>),
+    {
+        let Some(_inside) = self.gate.enter() else {
+            std::mem::forget(job.reply); // dropped, it would answer EIO
+            return None;
+        };
+        match self.attempt(&job.what, &mut job.op) {
+            Err(e) if wants_retry(&e) => return Some((job, e)),
+            result => {
+                let result = result.map_err(|e| self.report(&job.what, &e));
+                self.answer(job, result);
             }
         }
+        None
+    }
+
+    fn answer<T, Op, Reply: FnOnce(&Fs, Served<T>)>(&self, job: Job<Op, Reply>, result: Served<T>) {
+        let Job { what, reply, .. } = job;
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| reply(&self.fs, result))) {
+            self.panicked(&what, &*panic);
+        }
+    }
+
+    /// Tries again, each time with what was missing, until the request is answered.
+    async fn retry<T, Op, Reply>(self: Arc<Self>, mut job: Job<Op, Reply>, mut error: fs::Error)
+    where
+        Op: FnMut(&Fs) -> fs::Result<T>,
+        Reply: FnOnce(&Fs, Served<T>),
+    {
+        let mut waited_for_commit = false;
+        for _ in 0..FETCH_ROUNDS {
+            let waited = tokio::select! {
+                waited = self.wait_for_what_is_missing(&job.what, &error, &mut waited_for_commit) => waited,
+                () = self.gate.closed() => return std::mem::forget(job.reply),
+            };
+            if let Err(errno) = waited {
+                return self.answer(job, Err(errno));
+            }
+            match self.settle(job) {
+                Some(again) => (job, error) = again,
+                None => return,
+            }
+        }
+        let what = job.what;
         ::log::error!(
             "{what}: gave up after {FETCH_ROUNDS} rounds of fetching; is the frame cache too small?"
         );
-        Err(libc::EIO)
+        self.answer(job, Err(libc::EIO));
+    }
+
+    async fn wait_for_what_is_missing(
+        &self,
+        what: &What,
+        error: &fs::Error,
+        waited_for_commit: &mut bool,
+    ) -> Served<()> {
+        if let Some(ptrs) = error.missing() {
+            let fetched = self.backend.fetch(ptrs.to_vec()).await;
+            return fetched.map_err(|e| self.report(what, &fs::Error::Log(e)));
+        }
+        let over_limit = matches!(error, fs::Error::OverLimit);
+        if matches!(error, fs::Error::Busy) || (over_limit && !*waited_for_commit) {
+            *waited_for_commit |= over_limit;
+            return self.wait_for_space(what).await;
+        }
+        Err(self.report(what, error))
     }
 
     /// The errno, and a line in log and status when the answer is not one that POSIX foresees.
-    fn report(&self, what: &str, e: &fs::Error) -> i32 {
+    fn report(&self, what: &What, e: &fs::Error) -> i32 {
         if !matches!(e, fs::Error::Os(_) | fs::Error::OverLimit) {
             ::log::error!("{what}: {e}");
             self.backend.failed(&format!("{what}: {e}"));
@@ -315,7 +342,7 @@ impl Requests {
         e.errno()
     }
 
-    async fn wait_for_space(&self, what: &str) -> Served<()> {
+    async fn wait_for_space(&self, what: &What) -> Served<()> {
         let (sender, receiver) = oneshot::channel();
         self.fs.when_space(Box::new(move || {
             let _ = sender.send(()); // the waiter may have given up
@@ -335,4 +362,53 @@ impl Requests {
 
 fn wants_retry(e: &fs::Error) -> bool {
     e.missing().is_some() || matches!(e, fs::Error::Busy | fs::Error::OverLimit)
+}
+
+/// What a panic said.
+fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message")
+}
+
+/// See [`Requests::seek`]. While the kernel writes back, nothing of the mount is held: if it is handed over meanwhile,
+/// the kernel's writes are answered by who goes on, and so is this.
+fn seek_written_back(
+    requests: &Weak<Requests>,
+    pool: &Handle,
+    at: What,
+    (ino, offset, what): (Ino, u64, Seek),
+    write_back: impl Fn(u64, u64) -> std::io::Result<()>,
+    reply: impl FnOnce(Served<u64>) + Send + 'static,
+) {
+    let mut cleaned = offset;
+    loop {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let Some(this) = requests.upgrade() else { return std::mem::forget(reply) };
+        let op = move |fs: &Fs| fs.seek(ino, offset, what);
+        let found = move |_: &Fs, result: Served<u64>| {
+            let _ = sender.send(result); // it is received below
+        };
+        if let Some((job, e)) = this.settle(Job { what: at, op, reply: found }) {
+            pool.block_on(this.clone().retry(job, e));
+        }
+        drop(this);
+        // No answer: the mount is being handed over, or it was a bug, and said.
+        let Ok(found) = receiver.try_recv() else { return std::mem::forget(reply) };
+        // The hole that was passed, or that was found, must be one for the kernel too.
+        let suspect = match (what, &found) {
+            (Seek::Data, Ok(at)) => offset..*at,
+            (Seek::Data, Err(_)) => offset..u64::MAX,
+            (Seek::Hole, Ok(at)) => *at..at.saturating_add(PAGE),
+            (Seek::Hole, Err(_)) => return reply(found),
+        };
+        if suspect.is_empty() || suspect.end <= cleaned {
+            return reply(found);
+        }
+        let len = if suspect.end == u64::MAX { 0 } else { suspect.end - suspect.start };
+        if let Err(e) = write_back(suspect.start, len) {
+            ::log::warn!("lseek: the kernel does not write back inode {}: {e}", ino.0);
+            return reply(found);
+        }
+        cleaned = suspect.end;
+    }
 }

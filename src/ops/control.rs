@@ -1,4 +1,4 @@
-//! The control channel of a daemon: a unix socket on which `status`, `sync` and `umount` ask it things.
+//! The control channel of a daemon: a unix socket on which `status`, `sync`, `upgrade` and `umount` ask it things.
 //! One JSON line asks; the answer is any number of `{"progress":...}` lines and then one `{"ok":...}` or `{"error":...}`.
 //! Invariant: only the owner of the daemon and root are answered, and no call here waits without a bound.
 
@@ -37,10 +37,20 @@ pub trait Control: Send + Sync {
     /// Commits, and ships what can be shipped within `timeout`. The mount must keep working afterwards: the kernel
     /// may refuse to unmount it.
     fn shutdown(&self, timeout: Duration) -> Result<Status, String>;
+    /// Commits everything applied before the call on this host.
+    fn commit(&self, _timeout: Duration) -> Result<(), String> {
+        Ok(())
+    }
+    /// Answers those who wait in [`Control::sync`] and [`Control::shutdown`] at once: nobody here will be able to.
+    fn let_go(&self) {}
+    /// Lets `program` go on with the mount, in a process of its own. An error means that all is as it was.
+    fn upgrade(&self, _program: &Path, _timeout: Duration) -> Result<Status, String> {
+        Err("this daemon cannot hand its mount over".into())
+    }
 }
 
 /// What a client asks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
     /// [`Control::status`].
@@ -52,6 +62,13 @@ pub enum Request {
     },
     /// [`Control::shutdown`].
     Shutdown {
+        /// Bound, in milliseconds.
+        timeout_ms: u64,
+    },
+    /// [`Control::upgrade`].
+    Upgrade {
+        /// What goes on.
+        program: PathBuf,
         /// Bound, in milliseconds.
         timeout_ms: u64,
     },
@@ -68,6 +85,7 @@ impl Request {
             Request::Status {} => Duration::ZERO,
             Request::Sync { timeout_ms }
             | Request::Shutdown { timeout_ms }
+            | Request::Upgrade { timeout_ms, .. }
             | Request::Farewell { timeout_ms } => Duration::from_millis(*timeout_ms),
         }
     }
@@ -187,6 +205,12 @@ impl Server {
         Ok(Server { path: path.into(), inode, shared })
     }
 
+    /// Waits a moment until those who are being answered have heard it: this process is about to end.
+    pub fn drain(&self) {
+        let state = self.shared.lock();
+        drop(self.shared.changed.wait_timeout_while(state, IO_WAIT / 5, |s| s.connections > 0));
+    }
+
     /// Tells those who wait for the end how it ended, and waits a moment until they have heard it.
     pub fn finish(self, last: Status) {
         let mut state = self.shared.lock();
@@ -246,6 +270,7 @@ fn accept_loop(listener: &UnixListener, shared: &Arc<Shared>) {
                 ::log::debug!("control channel: {e}");
             }
             for_thread.lock().connections -= 1;
+            for_thread.changed.notify_all();
         });
         if spawned.is_err() {
             shared.lock().connections -= 1;
@@ -297,7 +322,7 @@ fn answer(stream: &UnixStream, shared: &Arc<Shared>, request: Request) -> io::Re
     match request {
         Request::Status {} => return Ok(Reply::Ok(shared.control.status())),
         Request::Farewell { .. } => return Ok(farewell(shared, timeout)),
-        Request::Sync { .. } | Request::Shutdown { .. } => {}
+        Request::Sync { .. } | Request::Shutdown { .. } | Request::Upgrade { .. } => {}
     }
     let (steps, inbox) = mpsc::sync_channel(16);
     let control = shared.control.clone();
@@ -308,6 +333,7 @@ fn answer(stream: &UnixStream, shared: &Arc<Shared>, request: Request) -> io::Re
             Request::Sync { .. } => control.sync(timeout, &mut |s| {
                 let _ = steps.try_send(Step::Progress(s.clone()));
             }),
+            Request::Upgrade { program, .. } => control.upgrade(&program, timeout),
             _ => control.shutdown(timeout),
         };
         let _ = steps.send(Step::Done(result));

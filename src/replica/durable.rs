@@ -228,6 +228,15 @@ impl Durable {
         self.state.lock().at.remote_head
     }
 
+    /// Goes on where the process before this one stood: who waits for the embassy has waited there already.
+    pub(super) fn take_over(&self, fallen_back: bool) {
+        let mut state = self.state.lock();
+        if fallen_back && self.protection == Protection::Available {
+            state.in_sync = false;
+            state.out_since = self.env.clock.monotonic();
+        }
+    }
+
     /// The account as it stands.
     pub fn snapshot(&self) -> Snapshot {
         let now = self.env.clock.monotonic();

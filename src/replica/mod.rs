@@ -5,10 +5,13 @@ pub mod durable;
 mod io;
 pub mod listing;
 mod opening;
+mod orphans;
+mod predecessor;
 pub mod uploader;
 pub mod volume;
 
 pub use opening::Version;
+pub use predecessor::Predecessor;
 
 pub use io::Io;
 

@@ -6,6 +6,7 @@ use crate::clock::Env;
 use crate::crypto::keyfile::KeyFile;
 use crate::fs::Recovery;
 use crate::log::chain::{self, ChainStart};
+use crate::log::reader::FrameReader;
 use crate::log::recovery::{self, Recovered, Role, Step};
 use crate::log::segment::{VolumeContext, segment_name};
 use crate::log::statedir::StateDir;
@@ -13,8 +14,8 @@ use crate::log::volume::{self, Superblock, UnverifiedSuperblock};
 use crate::log::{Error, Result};
 use crate::store::{Store, StoreError};
 use crate::tree::checkpoint::{self, Root};
-use crate::tree::{Counters, Delta, Tree, delta, memtable};
-use crate::types::{CommitNo, Hash, Head, Seq, Timestamp, unhex};
+use crate::tree::{Counters, Delta, Tree, delta, key, memtable};
+use crate::types::{CommitNo, Hash, Head, Ino, Seq, Timestamp, unhex};
 use bytes::Bytes;
 use std::time::Duration;
 
@@ -319,6 +320,26 @@ async fn read_checkpoint(
         (None, None) => return Err(Error::corrupt(name, "is gone from the state directory")),
     };
     checkpoint::open(&bytes, name, ctx.id, &ctx.key, &ctx.writer_public)
+}
+
+/// A new inode must not get the number of one that is there.
+pub(super) async fn check_next_ino(opened: &Opened, reader: &FrameReader) -> Result<()> {
+    let maps = [&opened.recovery.replayed];
+    let levels = crate::tree::Levels { maps: &maps, tree: &opened.recovery.tree, frames: reader };
+    let all = key::everything();
+    let last = loop {
+        match levels.last(&all.start, &all.end) {
+            Err(Error::Missing(ptrs)) => reader.fetch(&ptrs).await?,
+            found => break found?,
+        }
+    };
+    let mut number = [0; 8];
+    last.iter().flat_map(|(key, _)| key).zip(&mut number).for_each(|(byte, place)| *place = *byte);
+    let (found, next) = (u64::from_be_bytes(number), opened.recovery.next_ino);
+    if found < next && next > Ino::ROOT.0 {
+        return Ok(());
+    }
+    Err(Error::corrupt("the tree", format!("it says that the next inode is {next}, but holds inode {found}")))
 }
 
 /// Refuses a store whose newest segment is older than one this host has seen, or whose chain does not hold it.

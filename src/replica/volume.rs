@@ -5,6 +5,8 @@
 use super::durable::{Durable, Position, Protection, WaitError};
 use super::io::Io;
 use super::opening::{self, Opened, Version};
+use super::orphans;
+use super::predecessor::Predecessor;
 use super::uploader::{Upload, Uploader};
 use crate::clock::{Env, Thread};
 use crate::crypto::keyfile::{KeyFile, Role as KeyRole};
@@ -18,8 +20,7 @@ use crate::log::writer::LogWriter;
 use crate::log::{self, ClosedSegment, Error, Result};
 use crate::store::Store;
 use crate::tree::checkpoint;
-use crate::tree::key::{self, KeyRef};
-use crate::types::{CommitNo, Epoch, FramePtr, Ino, Seq, Timestamp};
+use crate::types::{CommitNo, Epoch, FramePtr, Seq, Timestamp};
 use parking_lot::Mutex;
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -93,19 +94,26 @@ struct Home {
 impl Volume {
     /// Opens a volume: recovery, then the threads of a writer. Blocks; not to be called on the runtime.
     pub fn open(options: OpenOptions, runtime: &Handle) -> Result<Volume> {
-        Volume::open_on(options, &Io::on(runtime))
+        Volume::open_after(options, None, &Io::on(runtime))
     }
 
-    /// [`Volume::open`] on a runtime that may have to be driven.
-    pub fn open_on(options: OpenOptions, runtime: &Io) -> Result<Volume> {
+    /// Like [`Volume::open`], on a runtime that may have to be driven. With a predecessor, who has just closed the state
+    /// directory, a writer asks the store for nothing, and frees no inode that is still open.
+    pub fn open_after(options: OpenOptions, before: Option<&Predecessor>, runtime: &Io) -> Result<Volume> {
         options
             .key
             .require(if options.settings.read_only { KeyRole::Reader } else { KeyRole::Writer })
             .map_err(|e| Error::Refused(e.to_string()))?;
+        if !options.settings.read_only && options.version != Version::Newest {
+            return Err(Error::Refused("an older version cannot be written".into())); // it would fork the log
+        }
         let dir = Arc::new(StateDir::open_on(options.env.disk.clone(), &options.state)?);
         let store = options.store.clone();
         let role = if options.settings.read_only { Role::Reader } else { Role::Writer };
-        let reached = runtime.block_on(opening::reach(&*store, &dir, role))?;
+        let reached = match (before, role) {
+            (Some(_), Role::Writer) => None,
+            _ => runtime.block_on(opening::reach(&*store, &dir, role))?,
+        };
         let (superblock, to_pin) = runtime.block_on(opening::superblock(reached, &dir, &options.key))?;
         let ctx = Arc::new(context(&options.key, &superblock)?);
         let (env, version) = (&options.env, options.version);
@@ -128,8 +136,16 @@ impl Volume {
             ..options.settings
         };
         let shown = opened.time.map(|time| (opened.recovery.last_commit, time));
-        let parts =
-            Parts { options: &options, store: reached, dir: &dir, ctx, reader: &reader, runtime, settings };
+        let parts = Parts {
+            options: &options,
+            before,
+            store: reached,
+            dir: &dir,
+            ctx,
+            reader: &reader,
+            runtime,
+            settings,
+        };
         let (fs, home) =
             if options.settings.read_only { parts.reader(opened) } else { parts.writer(opened)? };
         let runtime = runtime.clone();
@@ -150,6 +166,11 @@ impl Volume {
             }
             None => (self.opened.map(|o| o.1), self.opened.map(|o| o.1)),
         }
+    }
+
+    /// What a process learns that goes on after this one.
+    pub fn predecessor(&self) -> Predecessor {
+        Predecessor::of(&self.fs, self.durable())
     }
 
     /// Bytes of the local disk used as cache.
@@ -219,6 +240,7 @@ pub(super) fn context(key: &KeyFile, superblock: &Superblock) -> Result<VolumeCo
 /// What both kinds of volume are put together from.
 struct Parts<'a> {
     options: &'a OpenOptions,
+    before: Option<&'a Predecessor>,
     /// The store, if it answered.
     store: Option<&'a dyn Store>,
     dir: &'a Arc<StateDir>,
@@ -247,16 +269,20 @@ impl Parts<'_> {
             recovered.next_seq,
             recovered.last_commit,
         )));
-        self.runtime.block_on(check_next_ino(&opened, self.reader))?;
-        opened.recovery.orphans = self.runtime.block_on(orphans(&opened, self.reader))?;
-        let (sent, unsent) = self.runtime.block_on(split_sent(self.store, &opened));
+        self.runtime.block_on(opening::check_next_ino(&opened, self.reader))?;
+        opened.recovery.orphans = self.runtime.block_on(orphans::find(&opened, self.reader))?;
+        let (sent, unsent) = match self.before {
+            Some(before) => before.split_sent(&opened),
+            None => self.runtime.block_on(split_sent(self.store, &opened)),
+        };
         let checkpoint =
             self.runtime.block_on(opening::unsent_checkpoint(&self.ctx, self.dir, self.store))?;
         let remote = unsent.first().map_or(last_commit, |first| {
             sent.iter().rev().find(|s| s.head.seq < first.head.seq).map_or(CommitNo(0), |s| s.last_commit)
         });
-        let at =
-            Position { local: last_commit, remote, remote_head: sent.last().map(|segment| segment.head) };
+        let remote_head = sent.last().map(|segment| segment.head);
+        let at = Position { local: last_commit, remote, remote_head };
+        let at = self.before.map_or(at, |before| before.position(at));
         let (protection, sync_timeout) = (self.options.protection, self.options.sync_timeout);
         let durable = Arc::new(Durable::new(protection, sync_timeout, env.clone(), at));
         durable.start_ticker(self.runtime.handle());
@@ -284,6 +310,7 @@ impl Parts<'_> {
         }
         let threads = env.threads.clone();
         let fs = Arc::new(Fs::new(self.settings, env, self.reader.clone(), opened.recovery));
+        self.before.map_or(Ok(()), |before| before.hand_on(&fs, &durable))?;
         watch_space(&fs, self.dir, self.runtime, self.options.settings.dirty_max);
         let _ = shipper.fs.set(Arc::downgrade(&fs)); // set once, here
         let latched = Arc::downgrade(&fs);
@@ -297,68 +324,8 @@ impl Parts<'_> {
         let thread = threads
             .spawn("committer", Box::new(move || committer.run()))
             .map_err(Error::io("start the committer's thread"))?;
-        fs.orphans().into_iter().for_each(|ino| free_orphan(&fs, ino, self.reader, self.runtime));
+        fs.abandoned().into_iter().for_each(|ino| orphans::free(&fs, ino, self.reader, self.runtime));
         Ok((fs, Some(Home { shipper, committer: Mutex::new(Some(thread)) })))
-    }
-}
-
-/// A new inode must not get the number of one that is there.
-async fn check_next_ino(opened: &Opened, reader: &FrameReader) -> Result<()> {
-    let maps = [&opened.recovery.replayed];
-    let levels = crate::tree::Levels { maps: &maps, tree: &opened.recovery.tree, frames: reader };
-    let all = key::everything();
-    let last = loop {
-        match levels.last(&all.start, &all.end) {
-            Err(Error::Missing(ptrs)) => reader.fetch(&ptrs).await?,
-            found => break found?,
-        }
-    };
-    let mut number = [0; 8];
-    last.iter().flat_map(|(key, _)| key).zip(&mut number).for_each(|(byte, place)| *place = *byte);
-    let (found, next) = (u64::from_be_bytes(number), opened.recovery.next_ino);
-    if found < next && next > Ino::ROOT.0 {
-        return Ok(());
-    }
-    Err(Error::corrupt("the tree", format!("it says that the next inode is {next}, but holds inode {found}")))
-}
-
-/// Inodes that were unlinked but open when home went down.
-async fn orphans(opened: &Opened, reader: &FrameReader) -> Result<Vec<Ino>> {
-    let maps = [&opened.recovery.replayed];
-    let levels = crate::tree::Levels { maps: &maps, tree: &opened.recovery.tree, frames: reader };
-    let range = key::orphans();
-    loop {
-        match levels.range(&range.start, &range.end, usize::MAX) {
-            Err(Error::Missing(ptrs)) => reader.fetch(&ptrs).await?,
-            found => {
-                return Ok(found?
-                    .iter()
-                    .filter_map(|(key, _)| match key::parse(key) {
-                        Some(KeyRef::Orphan(ino)) => Some(ino),
-                        _ => None,
-                    })
-                    .collect());
-            }
-        }
-    }
-}
-
-/// Frees an inode that was unlinked but open when home went down. If it cannot be freed now, it stays an orphan, and
-/// the next mount tries again.
-fn free_orphan(fs: &Fs, ino: Ino, reader: &FrameReader, runtime: &Io) {
-    loop {
-        let error = match fs.release_orphan(ino) {
-            Ok(()) => return,
-            Err(e) => match e.missing() {
-                Some(ptrs) => match runtime.block_on(reader.fetch(ptrs)) {
-                    Ok(()) => continue,
-                    Err(e) => e.to_string(),
-                },
-                None => e.to_string(),
-            },
-        };
-        ::log::warn!("inode {}, unlinked but open when home went down, is not freed yet: {error}", ino.0);
-        return;
     }
 }
 

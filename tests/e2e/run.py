@@ -42,6 +42,8 @@ CASES = {
     "acl": (120, [None]),
     "access_times": (60, [None]),
     "posix": (240, ["directories", "attributes", "files", "mounting"]),
+    "upgrade": (180, [None]),
+    "crash_remount": (120, [None]),
     "suites": (300, ["fsx", "stress_ng", "dbench", "fio"]),
 }
 

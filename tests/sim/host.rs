@@ -97,7 +97,7 @@ impl Host {
             drop(std::fs::remove_dir_all(self.root("home").join("index.sled")));
         }
         let options = self.options(&self.link, &self.disk, "home");
-        self.home = Some(Volume::open_on(options, &self.world.io())?);
+        self.home = Some(Volume::open_after(options, None, &self.world.io())?);
         Ok(())
     }
 
@@ -281,7 +281,7 @@ impl Host {
         let options = self.options(&link, &disk, &name);
         let settings = Settings { read_only: true, ..options.settings };
         let key = self.world.key(READER_KEY);
-        Volume::open_on(OpenOptions { key, version, settings, ..options }, &self.world.io())
+        Volume::open_after(OpenOptions { key, version, settings, ..options }, None, &self.world.io())
     }
 
     /// Inodes without names that could not be freed at the opening, because the store did not answer.

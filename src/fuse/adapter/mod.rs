@@ -3,9 +3,16 @@
 //! to the pool together with its reply; a handler that panics answers EIO and is logged.
 
 mod convert;
+mod guard;
 mod reply;
 mod request;
+mod session;
+#[cfg(test)]
+mod tests;
 
+pub use session::{Ended, Ready};
+
+use super::connection::{Connection, Switch};
 use super::pace::{self, Pace};
 use super::serve::{Requests, Served};
 use crate::clock::Clock;
@@ -13,18 +20,19 @@ use crate::fs::{self, AclKind, Attr, CAPABILITY, Fs, NewNode, Seek, SetAttr, Str
 use crate::tree::value::FileType;
 use convert::{file_attr, kind_of};
 use fuser::{
-    BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags,
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags,
     IoctlFlags, KernelConfig, LockOwner, Notifier, OpenFlags, PollEvents, PollFlags, PollNotifier,
     RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
     ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request,
-    Session, SessionACL, TimeOrNow, WriteFlags,
+    TimeOrNow, WriteFlags,
 };
+use guard::Guard;
 use parking_lot::Mutex;
-use reply::{GENERATION, TTL, ttl};
+use reply::ttl;
 use request::{OwnedNode, caller, in_group, ino, leaves_atime, time_or_now, untrusted};
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
@@ -38,22 +46,18 @@ const REQUEST_MAX: u32 = 1 << 20;
 /// Dispatch threads: more than one only costs latency while requests are answered from memory.
 const DISPATCH_THREADS: usize = 1;
 
-/// Answers the kernel on `fuse_fd` until the file system is unmounted; calls `ready` once the kernel has greeted.
+/// Answers the kernel until the file system is unmounted or `switch` is thrown; calls `ready` before the first request.
 pub fn serve(
     requests: Arc<Requests>,
-    fuse_fd: OwnedFd,
+    connection: &mut Connection,
+    switch: &Switch,
     clock: Arc<dyn Clock>,
-    ready: Box<dyn FnOnce() + Send>,
-) -> io::Result<()> {
-    let mut config = Config::default();
-    config.n_threads = Some(DISPATCH_THREADS);
-    let pace = Pace::start(fuse_fd.as_fd(), clock)?;
+    ready: Ready,
+) -> io::Result<Ended> {
+    let pace = Pace::start(connection.fd.as_fd(), clock)?;
     let kernel = Arc::new(OnceLock::new());
     let adapter = Adapter { requests, pace, stripped: Mutex::default(), kernel: kernel.clone() };
-    let session = Session::from_fd(adapter, fuse_fd, SessionACL::All, config)?;
-    let _ = kernel.set(session.notifier()); // it was empty
-    ready();
-    session.run()
+    session::run(Guard(adapter), connection, switch, &kernel, ready)
 }
 
 /// The FUSE side of one mount.
@@ -111,13 +115,7 @@ impl Adapter {
         op: impl FnMut(&Fs) -> fs::Result<Attr> + Send + 'static,
         reply: ReplyEntry,
     ) {
-        self.serve(what, op, move |fs, result| match result {
-            Ok(attr) => {
-                fs.looked_up(attr.ino);
-                reply.entry(&ttl(&attr), &file_attr(&attr), GENERATION);
-            }
-            Err(e) => reply.error(Errno::from_i32(e)),
-        });
+        self.serve(what, op, move |fs, result| reply::entry(fs, reply, result));
     }
 
     fn make(&self, req: &Request, parent: INodeNo, name: &OsStr, node: OwnedNode, reply: ReplyEntry) {
@@ -170,19 +168,8 @@ impl Filesystem for Adapter {
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let name = name.as_bytes().to_vec();
-        self.serve(
-            "lookup",
-            move |fs| fs.lookup(ino(parent), &name),
-            move |fs, result| match result {
-                Ok(attr) => {
-                    fs.looked_up(attr.ino);
-                    reply.entry(&ttl(&attr), &file_attr(&attr), GENERATION);
-                }
-                // Inode 0 lets the kernel remember that there is no such name.
-                Err(libc::ENOENT) => reply.entry(&TTL, &convert::negative(), GENERATION),
-                Err(e) => reply.error(Errno::from_i32(e)),
-            },
-        );
+        let find = move |fs: &Fs| fs.lookup(ino(parent), &name);
+        self.serve("lookup", find, move |fs, result| reply::entry_or_none(fs, reply, result));
     }
 
     fn forget(&self, _req: &Request, n: INodeNo, nlookup: u64) {
@@ -334,14 +321,7 @@ impl Filesystem for Adapter {
                 let node = NewNode { kind: FileType::Regular, mode, umask, rdev: 0, target: b"" };
                 fs.make(ino(parent), &name, &node, caller)
             },
-            move |fs, result| match result {
-                Ok(attr) => {
-                    fs.looked_up(attr.ino);
-                    let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH;
-                    reply.created(&ttl(&attr), &file_attr(&attr), GENERATION, FileHandle(0), flags);
-                }
-                Err(e) => reply.error(Errno::from_i32(e)),
-            },
+            move |fs, result| reply::created(fs, reply, result),
         );
     }
 
@@ -384,11 +364,11 @@ impl Filesystem for Adapter {
             Strip::Capability
         };
         self.paced(data.len());
-        let requests = self.requests.clone();
+        let requests = Arc::downgrade(&self.requests); // a reply that is never sent must not hold them
         self.requests.write(ino(n), offset, data, strip, move |result| match result {
             Ok(written) => reply.written(written as u32),
             Err(e) => {
-                if strip == Strip::Nothing {
+                if let (Strip::Nothing, Some(requests)) = (strip, requests.upgrade()) {
                     requests.mapped_write_failed(ino(n), offset, e);
                 }
                 reply.error(Errno::from_i32(e));
@@ -431,17 +411,7 @@ impl Filesystem for Adapter {
     }
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
-        let s = self.requests.statfs();
-        reply.statfs(
-            s.blocks,
-            s.free,
-            s.available,
-            s.files,
-            s.files_free,
-            s.block_size,
-            fs::NAME_MAX as u32,
-            s.block_size,
-        );
+        reply::statfs(reply, &self.requests.statfs());
     }
 
     fn setxattr(

@@ -1,11 +1,14 @@
 //! The replies that are more than a value or an errno, and how long the kernel may keep what it is told.
 //! Invariant: an entry is counted as known to the kernel exactly if the reply has taken it in.
 
-use super::convert::{file_attr, fuse_kind};
-use crate::fs::{Attr, DirItem, Fs};
-use crate::fuse::serve::Served;
+use super::convert::{file_attr, fuse_kind, negative};
+use crate::fs::{self, Attr, DirItem, Fs};
+use crate::fuse::serve::{Served, StatFs};
 use crate::tree::value::FileType;
-use fuser::{Errno, Generation, INodeNo, ReplyDirectory, ReplyDirectoryPlus, ReplyXattr};
+use fuser::{
+    Errno, FileHandle, FopenFlags, Generation, INodeNo, ReplyCreate, ReplyDirectory, ReplyDirectoryPlus,
+    ReplyEntry, ReplyStatfs, ReplyXattr,
+};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::time::Duration;
@@ -23,6 +26,44 @@ pub(super) fn ttl(attr: &Attr) -> Duration {
 
 /// Inode numbers are never used twice.
 pub(super) const GENERATION: Generation = Generation(0);
+
+/// Replies with an inode that the kernel holds from now on.
+pub(super) fn entry(fs: &Fs, reply: ReplyEntry, result: Served<Attr>) {
+    match result {
+        Ok(attr) => {
+            fs.looked_up(attr.ino);
+            reply.entry(&ttl(&attr), &file_attr(&attr), GENERATION);
+        }
+        Err(e) => reply.error(Errno::from_i32(e)),
+    }
+}
+
+/// The same; that there is no such name may be remembered too.
+pub(super) fn entry_or_none(fs: &Fs, reply: ReplyEntry, result: Served<Attr>) {
+    match result {
+        // Inode 0 lets the kernel remember that there is no such name.
+        Err(libc::ENOENT) => reply.entry(&TTL, &negative(), GENERATION),
+        result => entry(fs, reply, result),
+    }
+}
+
+/// Replies with a new file, which is open.
+pub(super) fn created(fs: &Fs, reply: ReplyCreate, result: Served<Attr>) {
+    match result {
+        Ok(attr) => {
+            fs.looked_up(attr.ino);
+            let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH;
+            reply.created(&ttl(&attr), &file_attr(&attr), GENERATION, FileHandle(0), flags);
+        }
+        Err(e) => reply.error(Errno::from_i32(e)),
+    }
+}
+
+/// Replies with the size of the volume.
+pub(super) fn statfs(reply: ReplyStatfs, s: &StatFs) {
+    let name_max = fs::NAME_MAX as u32;
+    reply.statfs(s.blocks, s.free, s.available, s.files, s.files_free, s.block_size, name_max, s.block_size);
+}
 
 /// Replies with as many entries as fit.
 pub(super) fn entries(mut reply: ReplyDirectory, result: Served<Vec<DirItem>>) {
