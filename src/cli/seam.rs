@@ -69,10 +69,12 @@ pub trait Served {
     /// What status and shutdown are asked of. It keeps working until [`Served::close`].
     fn control(&self) -> Arc<dyn Control>;
     /// Answers the kernel on `fuse_fd` until the volume is unmounted; calls `ready` once the kernel has greeted.
+    /// `control` is what the mount's control directory shows.
     fn serve(
         &mut self,
         fuse_fd: OwnedFd,
         settings: &MountSettings,
+        control: Arc<dyn Control>,
         ready: Box<dyn FnOnce() + Send>,
     ) -> Result<(), Failure>;
     /// Closes the volume after [`Served::serve`] has returned; says how things stand for good.

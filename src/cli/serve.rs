@@ -109,7 +109,7 @@ fn serve_mounted(
             for_ready.stop(1);
         }
     });
-    volume.serve(fd, settings, ready)
+    volume.serve(fd, settings, control.clone(), ready)
 }
 
 /// A mount of this process, told apart from others at the same place by its device number.

@@ -5,10 +5,12 @@ use super::exit::{ExitCode, Failure};
 use super::seam::{OpenRequest, Served};
 use crate::clock::Env;
 use crate::fuse::adapter;
+use crate::fuse::control_dir::ControlDir;
 use crate::fuse::mount::MountSettings;
 use crate::fuse::serve::{Backend, Requests};
 use crate::log;
 use crate::ops::control::Control;
+use crate::ops::requests::Watch;
 use crate::ops::status::{CommitPoint, Status};
 use crate::replica::durable::Protection;
 use crate::replica::volume::Volume;
@@ -34,6 +36,7 @@ pub(super) struct MountControl {
     protection: Protection,
     /// The last error that an application was given and that POSIX does not foresee.
     failed: Mutex<Option<String>>,
+    watch: Arc<Watch>,
 }
 
 impl MountControl {
@@ -43,6 +46,7 @@ impl MountControl {
             state: request.state.display().to_string(),
             protection: request.protection,
             failed: Mutex::new(None),
+            watch: Watch::new(Env::system().clock),
             volume,
         }
     }
@@ -79,6 +83,9 @@ impl Control for MountControl {
             protection: self.protection.to_string(),
             cache_bytes: volume.cache_bytes(),
             dirty_bytes: volume.fs.dirty_bytes(),
+            spool_free_bytes: volume.spool_free_bytes(),
+            requests: self.watch.figures(),
+            failed: volume.fs.failure().is_some(),
             ..Status::default()
         };
         let point = |no: CommitNo, time| Some(CommitPoint { no: no.0, time }).filter(|p| p.no > 0);
@@ -101,6 +108,11 @@ impl Control for MountControl {
         status.last_durable = remote.and_then(|time| point(account.remote, time));
         status.fallbacks = account.fallbacks;
         status.fenced = account.fenced.is_some();
+        status.failed = !status.fenced && (status.failed || account.latched.is_some());
+        status.out_of_sync_seconds = account.out_of_sync.map(|since| since.as_secs_f64());
+        status.store_error = account.last_error.clone();
+        status.waiting = account.waiters as u64;
+        status.uploads = volume.uploads();
         let latched = account.fenced.or(account.latched).or(volume.fs.failure());
         status.last_error = latched.or_else(|| self.failed.lock().clone()).or(account.last_error);
         // What is committed in the segment that is still open is on this host only, like a closed one.
@@ -128,7 +140,10 @@ impl Control for MountControl {
 
 impl Backend for MountControl {
     fn fetch(&self, ptrs: Vec<FramePtr>) -> BoxFuture<'_, log::Result<()>> {
-        Box::pin(async move { self.volume.fetch(&ptrs).await })
+        Box::pin(async move {
+            let _counted = self.watch.fetching();
+            self.volume.fetch(&ptrs).await
+        })
     }
 
     fn when_durable(&self, commit: CommitNo, done: Box<dyn FnOnce(Result<(), String>) + Send>) {
@@ -148,6 +163,10 @@ impl Backend for MountControl {
 
     fn failed(&self, what: &str) {
         *self.failed.lock() = Some(what.to_string());
+    }
+
+    fn watch(&self) -> &Arc<Watch> {
+        &self.watch
     }
 }
 
@@ -176,11 +195,14 @@ impl Served for Session {
         &mut self,
         fuse_fd: OwnedFd,
         _settings: &MountSettings,
+        control: Arc<dyn Control>,
         ready: Box<dyn FnOnce() + Send>,
     ) -> Result<(), Failure> {
         let backend: Arc<dyn Backend> = self.control.clone();
         let requests = Requests::new(self.control.volume.fs.clone(), backend, self.runtime.handle().clone());
-        adapter::serve(requests, fuse_fd, Env::system().clock, ready)
+        let clock = Env::system().clock;
+        let shown = ControlDir::new(control, clock.clone());
+        adapter::serve(requests, fuse_fd, clock, shown, ready)
             .map_err(|e| Failure::from_error(ExitCode::Failed, "serving the kernel", &e))
     }
 

@@ -3,6 +3,7 @@
 //! Invariant: nothing here waits on the dispatch thread, and nothing below here knows that there is a kernel.
 
 pub mod adapter;
+pub mod control_dir;
 pub mod mount;
 mod pace;
 pub mod serve;

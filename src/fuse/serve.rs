@@ -3,6 +3,7 @@
 
 use crate::fs::{self, Fs, Seek, Strip};
 use crate::log;
+use crate::ops::requests::Watch;
 use crate::types::{CommitNo, FramePtr, Ino};
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -38,6 +39,8 @@ pub trait Backend: Send + Sync {
     fn free_bytes(&self) -> u64;
     /// An application got an error that POSIX does not foresee: for the status.
     fn failed(&self, what: &str);
+    /// Where requests are counted.
+    fn watch(&self) -> &Arc<Watch>;
 }
 
 /// Size of the volume, in blocks of `block_size` bytes.
@@ -72,6 +75,11 @@ impl Requests {
         mut op: impl FnMut(&Fs) -> fs::Result<T> + Send + 'static,
         reply: impl FnOnce(&Fs, Served<T>) + Send + 'static,
     ) {
+        let open = self.backend.watch().begin(what);
+        let reply = move |fs: &Fs, result: Served<T>| {
+            open.answered(&result);
+            reply(fs, result);
+        };
         match self.attempt(what, &mut op) {
             Err(e) if wants_retry(&e) => {
                 let this = self.clone();
@@ -84,6 +92,19 @@ impl Requests {
         }
     }
 
+    /// `reply`, with the request counted from now until it is called.
+    fn counted<T, R: FnOnce(Served<T>) + Send + 'static>(
+        &self,
+        what: &'static str,
+        reply: R,
+    ) -> impl FnOnce(Served<T>) + Send + use<T, R> {
+        let open = self.backend.watch().begin(what);
+        move |result| {
+            open.answered(&result);
+            reply(result);
+        }
+    }
+
     /// Reads; what must come from the store brings what follows along. With `counts` it is an access.
     pub(super) fn read(
         self: &Arc<Self>,
@@ -93,6 +114,7 @@ impl Requests {
         counts: bool,
         reply: impl FnOnce(Served<Bytes>) + Send + 'static,
     ) {
+        let reply = self.counted("read", reply);
         let mut op = move |fs: &Fs| {
             let bytes = fs.read(ino, offset, len)?;
             if counts {
@@ -151,6 +173,7 @@ impl Requests {
         strip: Strip,
         reply: impl FnOnce(Served<usize>) + Send + 'static,
     ) {
+        let reply = self.counted("write", reply);
         match self.attempt("write", &mut |fs| fs.write_as(ino, offset, data, strip)) {
             Err(e) if wants_retry(&e) => {
                 let (this, data) = (self.clone(), data.to_vec());
@@ -175,6 +198,7 @@ impl Requests {
         if self.fs.settings.read_only || matches!(self.fs.may_have_holes(ino), Ok(false)) {
             return self.serve("lseek", move |fs| fs.seek(ino, offset, what), move |_, result| reply(result));
         }
+        let reply = self.counted("lseek", reply);
         let this = self.clone();
         // Not on the dispatch thread: the kernel's writes come to it while this waits for them.
         self.pool.spawn_blocking(move || reply(this.seek_written_back(ino, offset, what, write_back)));
@@ -224,6 +248,7 @@ impl Requests {
 
     /// Replies when everything written before is durable at the mount's protection level.
     pub(super) fn fsync(self: &Arc<Self>, reply: impl FnOnce(Served<()>) + Send + 'static) {
+        let reply = self.counted("fsync", reply);
         if let Some(reason) = self.fs.failure() {
             ::log::error!("fsync: {reason}");
             return reply(Err(libc::EIO));

@@ -10,4 +10,4 @@ pub mod volume;
 pub use opening::Version;
 
 pub use durable::{Durable, Position, Protection, Snapshot, WaitError};
-pub use uploader::{Upload, UploadMetrics, Uploader};
+pub use uploader::{Upload, Uploader};

@@ -5,6 +5,7 @@
 use super::durable::Durable;
 use crate::clock::Env;
 use crate::log::ClosedSegment;
+use crate::ops::status::UploadFigures;
 use crate::store::retry::{Backoff, COMPARE_SUFFIX};
 use crate::store::{Store, StoreError, file_suffix};
 use crate::types::Seq;
@@ -44,21 +45,6 @@ pub enum Upload {
         /// The newest segment that it needs.
         after: Seq,
     },
-}
-
-/// Counters for status and metrics.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct UploadMetrics {
-    /// Segments and checkpoints that are waiting or under way.
-    pub pending: u64,
-    /// Segments sent since the start.
-    pub sent_segments: u64,
-    /// Bytes of segments sent since the start.
-    pub sent_bytes: u64,
-    /// Checkpoints put since the start.
-    pub sent_checkpoints: u64,
-    /// Attempts that failed since the start.
-    pub failures: u64,
 }
 
 /// True while applications write faster than the local disk takes it and nobody waits for the embassy.
@@ -145,9 +131,9 @@ impl Uploader {
     }
 
     /// The counters.
-    pub fn metrics(&self) -> UploadMetrics {
+    pub fn figures(&self) -> UploadFigures {
         let get = |counter: &AtomicU64| counter.load(Ordering::SeqCst);
-        UploadMetrics {
+        UploadFigures {
             pending: get(&self.shared.pending),
             sent_segments: get(&self.shared.sent_segments),
             sent_bytes: get(&self.shared.sent_bytes),

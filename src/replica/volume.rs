@@ -15,6 +15,7 @@ use crate::log::statedir::StateDir;
 use crate::log::volume::Superblock;
 use crate::log::writer::LogWriter;
 use crate::log::{self, ClosedSegment, Error, Result};
+use crate::ops::status::UploadFigures;
 use crate::store::Store;
 use crate::tree::checkpoint;
 use crate::tree::key::{self, KeyRef};
@@ -96,6 +97,8 @@ pub struct Volume {
 struct Home {
     shipper: Arc<Shipper>,
     committer: Mutex<Option<JoinHandle<()>>>,
+    /// What the spool's disk has left, looked at each second; the greatest number while that is not known.
+    free_bytes: Arc<AtomicU64>,
 }
 
 impl Volume {
@@ -162,6 +165,17 @@ impl Volume {
     /// Bytes of the local disk used as cache.
     pub fn cache_bytes(&self) -> u64 {
         self.reader.disk_cache_bytes()
+    }
+
+    /// What was sent to the store; all zero for a reader, and once the volume is closed.
+    pub fn uploads(&self) -> UploadFigures {
+        let Some(home) = &self.home else { return UploadFigures::default() };
+        home.shipper.uploader.lock().as_ref().map(Uploader::figures).unwrap_or_default()
+    }
+
+    /// Bytes that the spool's disk had left when a writer last looked.
+    pub fn spool_free_bytes(&self) -> Option<u64> {
+        self.home.as_ref().map(|home| home.free_bytes.load(Ordering::Relaxed)).filter(|n| *n != u64::MAX)
     }
 
     /// Brings frames to this host; bounded in time.
@@ -289,7 +303,7 @@ impl Parts<'_> {
             shipper.push(Upload::Checkpoint { name, body, after });
         }
         let fs = Arc::new(Fs::new(self.settings, env, self.reader.clone(), opened.recovery));
-        watch_space(&fs, self.dir, self.runtime, self.options.dirty_max);
+        let free_bytes = watch_space(&fs, self.dir, self.runtime, self.options.dirty_max);
         let _ = shipper.fs.set(Arc::downgrade(&fs)); // set once, here
         let latched = Arc::downgrade(&fs);
         durable.on_fence(Box::new(move |reason| {
@@ -304,7 +318,7 @@ impl Parts<'_> {
             .spawn(move || committer.run())
             .map_err(Error::io("start the committer's thread"))?;
         fs.orphans().into_iter().for_each(|ino| free_orphan(&fs, ino, self.reader, self.runtime));
-        Ok((fs, Some(Home { shipper, committer: Mutex::new(Some(thread)) })))
+        Ok((fs, Some(Home { shipper, committer: Mutex::new(Some(thread)), free_bytes })))
     }
 }
 
@@ -368,20 +382,26 @@ async fn split_sent(store: Option<&dyn Store>, opened: &Opened) -> (Vec<ClosedSe
     })
 }
 
-/// Keeps the file system told whether the spool's disk has room for what memory may still hold.
-fn watch_space(fs: &Arc<Fs>, dir: &Arc<StateDir>, runtime: &Handle, dirty_max: u64) {
+/// Keeps the file system told whether the spool's disk has room for what memory may still hold; gives what is left.
+fn watch_space(fs: &Arc<Fs>, dir: &Arc<StateDir>, runtime: &Handle, dirty_max: u64) -> Arc<AtomicU64> {
+    let last = Arc::new(AtomicU64::new(u64::MAX));
+    let seen = last.clone();
     let (fs, dir) = (Arc::downgrade(fs), Arc::downgrade(dir)); // the task must not keep the volume open
     let reserve = 2 * dirty_max + (64 << 20);
     runtime.spawn(async move {
         while let (Some(fs), Some(dir)) = (fs.upgrade(), dir.upgrade()) {
             match dir.free_bytes() {
-                Ok(free) => fs.set_no_space(free < reserve),
+                Ok(free) => {
+                    last.store(free, Ordering::Relaxed);
+                    fs.set_no_space(free < reserve);
+                }
                 Err(e) => ::log::warn!("free space of the spool: {e}"),
             }
             drop((fs, dir));
             tokio::time::sleep(SPACE_INTERVAL).await;
         }
     });
+    seen
 }
 
 /// Commits whose time is wanted until the store has them.

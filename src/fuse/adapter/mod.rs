@@ -2,10 +2,12 @@
 //! Invariant: no request waits on the dispatch thread. What needs the network, the disk's sync or room is handed
 //! to the pool together with its reply; a handler that panics answers EIO and is logged.
 
+mod control;
 mod convert;
 mod reply;
 mod request;
 
+use super::control_dir::ControlDir;
 use super::pace::{self, Pace};
 use super::serve::{Requests, Served};
 use crate::clock::Clock;
@@ -43,13 +45,15 @@ pub fn serve(
     requests: Arc<Requests>,
     fuse_fd: OwnedFd,
     clock: Arc<dyn Clock>,
+    control: ControlDir,
     ready: Box<dyn FnOnce() + Send>,
 ) -> io::Result<()> {
     let mut config = Config::default();
     config.n_threads = Some(DISPATCH_THREADS);
-    let pace = Pace::start(fuse_fd.as_fd(), clock)?;
+    let pace = Pace::start(fuse_fd.as_fd(), clock.clone())?;
     let kernel = Arc::new(OnceLock::new());
     let adapter = Adapter { requests, pace, stripped: Mutex::default(), kernel: kernel.clone() };
+    let adapter = control::WithControlDir::new(adapter, control, clock.now());
     let session = Session::from_fd(adapter, fuse_fd, SessionACL::All, config)?;
     let _ = kernel.set(session.notifier()); // it was empty
     ready();
