@@ -303,9 +303,9 @@ impl Durable {
         });
     }
 
-    /// The uploader: what stands in the way just now.
-    pub(super) fn set_error(&self, message: String) {
-        self.state.lock().last_error = Some(message);
+    /// The uploader: what stands in the way just now, if anything does.
+    pub(super) fn set_error(&self, message: Option<String>) {
+        self.state.lock().last_error = message;
     }
 
     /// Another writer owns the chain: nothing more will become durable in the embassy. The first reason stays. The

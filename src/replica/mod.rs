@@ -4,6 +4,7 @@
 pub mod durable;
 pub mod listing;
 mod opening;
+mod proof;
 pub mod uploader;
 pub mod volume;
 

@@ -23,7 +23,8 @@ use tokio::task::JoinHandle;
 
 const FIRST_DELAY: Duration = Duration::from_millis(100);
 const DELAY_MAX: Duration = Duration::from_secs(5);
-/// Pause after an error that goes away only when somebody acts. Still asked again, for then nobody has to remount.
+/// Pauses after errors that go away only when somebody acts. Still asked again, for then nobody has to remount.
+const DENIED_FIRST_DELAY: Duration = Duration::from_secs(1);
 const DENIED_DELAY: Duration = Duration::from_secs(30);
 /// How long a segment waits for a busy local disk, and how often that is looked at.
 const HOLD_MAX: Duration = Duration::from_secs(1);
@@ -274,12 +275,14 @@ impl Shared {
     /// Repeats `attempt` until it succeeds. Does not return after a fence: the halt ends it with everything else.
     async fn insist<'a>(&'a self, name: &str, attempt: impl Fn() -> BoxFuture<'a, Result<(), Failure>>) {
         let mut backoff = Backoff::new(FIRST_DELAY, DELAY_MAX);
+        let mut denied = Backoff::new(DENIED_FIRST_DELAY, DENIED_DELAY);
         let mut failures = 0;
         loop {
             let (message, pause) = match attempt().await {
                 Ok(()) => {
                     if failures > 0 {
                         info!("{name}: sent after {failures} failed attempts");
+                        self.durable.set_error(None);
                     }
                     return;
                 }
@@ -291,7 +294,7 @@ impl Shared {
                 }
                 Err(Failure::Stuck(message)) => {
                     error!("{message}; nothing reaches the embassy until this is put right");
-                    (message, DENIED_DELAY)
+                    (message, denied.pause(&self.env))
                 }
                 Err(Failure::Fenced(message)) => {
                     self.durable.fence(message);
@@ -301,7 +304,7 @@ impl Shared {
             };
             failures += 1;
             self.failures.fetch_add(1, Ordering::SeqCst);
-            self.durable.set_error(message);
+            self.durable.set_error(Some(message));
             tokio::time::sleep(pause).await;
         }
     }

@@ -4,6 +4,7 @@
 
 use super::durable::{Durable, Position, Protection, WaitError};
 use super::opening::{self, Opened, Version};
+use super::proof::ProvenStore;
 use super::uploader::{Upload, Uploader};
 use crate::clock::Env;
 use crate::crypto::keyfile::{KeyFile, Role as KeyRole};
@@ -268,6 +269,11 @@ impl Parts<'_> {
             recovered.next_seq,
             recovered.last_commit,
         )));
+        let superblock = self.dir.read(log::volume::NAME)?.unwrap_or_default().into();
+        let proven = ProvenStore::new(self.options.store.clone(), superblock, env.clock.clone());
+        if self.store.is_some() {
+            self.runtime.block_on(proven.refuse_to_begin())?;
+        }
         opened.recovery.orphans = self.runtime.block_on(orphans(&opened, self.reader))?;
         let (sent, unsent) = self.runtime.block_on(split_sent(self.store, &opened));
         let checkpoint =
@@ -296,7 +302,7 @@ impl Parts<'_> {
             fs: OnceLock::new(),
             closing: AtomicBool::new(false),
         });
-        shipper.start_uploader(self.options.store.clone(), self.options.uploads);
+        shipper.start_uploader(Arc::new(proven), self.options.uploads);
         shipper.retire();
         unsent.into_iter().for_each(|segment| shipper.push(Upload::Segment(segment)));
         if let Some((name, body, after)) = checkpoint {
@@ -568,12 +574,12 @@ impl Shipping for Shipper {
     }
 
     fn fetch(&self, ptrs: &[FramePtr]) -> Result<()> {
-        // A link that is down holds commits up that need old pages; it must not end the writer. Whoever waits for
-        // the commit has a bound of his own.
+        // A link that is down, or a store that refuses, holds commits up that need old pages; it must not end the
+        // writer. Whoever waits for the commit has a bound of his own.
         self.runtime.block_on(async {
             loop {
                 match self.reader.fetch(ptrs).await {
-                    Err(Error::Store(e)) if e.is_transient() && !self.closing.load(Ordering::Acquire) => {
+                    Err(Error::Store(e)) if e.may_pass() && !self.closing.load(Ordering::Acquire) => {
                         ::log::warn!("a commit waits for pages that only the store has: {e}");
                         tokio::time::sleep(PAUSE).await;
                     }

@@ -37,6 +37,7 @@ CASES = {
     "tamper": (600, ["store", "local"]),
     "protection": (300, ["available", "strict", "local", "read_only_store"]),
     "control_dir": (120, [None]),
+    "store_refusals": (180, [None]),
     "real_input": (900, ["file", "s3"]),
     "applications": (300, ["postgresql", "sqlite", "git", "rsync", "tar", "rust_build", "append_log"]),
     "pjdfstest": (300, [None]),
