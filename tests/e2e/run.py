@@ -38,6 +38,7 @@ CASES = {
     "protection": (300, ["available", "strict", "local", "read_only_store"]),
     "control_dir": (120, [None]),
     "store_refusals": (180, [None]),
+    "credentials": (120, [None]),
     "real_input": (900, ["file", "s3"]),
     "applications": (300, ["postgresql", "sqlite", "git", "rsync", "tar", "rust_build", "append_log"]),
     "pjdfstest": (300, [None]),
