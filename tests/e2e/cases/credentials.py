@@ -4,7 +4,7 @@ import contextlib
 import os
 
 from cases.store_refusals import drains, fsync_of, protection, says
-from harness import Volume, check, run, s3_environment, wait_until
+from harness import FULL, Volume, check, program, run, s3_environment, timed, wait_until
 from stub_s3 import StubS3
 
 SECRET = "this-must-not-be-told"
@@ -50,4 +50,20 @@ def main(directory):
         check(os.path.isdir(f"/proc/{home.pid}") and home.status()["pid"] == home.pid, "it is the same daemon")
         said = log.read_text() + protection(home) + str(home.status()) + run("ps", "-ef").stdout
         check(SECRET not in said, "log, status, control files and process list do not tell the secret")
+        home.umount()
+
+        # Home starts with credentials that have expired, from what it holds.
+        stub.keys = {"third"}
+        home = volume.mount("home", home.state, *option, options=["sync_timeout=1s"])
+        check((home.point / "before").read_bytes() == b"x" * 1000, "home starts while the credentials are refused")
+        check(fsync_of(home.point / "after", b"z" * 1000) == "ok", "and takes writes")
+        if FULL:
+            done, took = timed(lambda: run(program(), "umount", "--timeout", "1s", home.point, limit=40, ok=None))
+            kept = f"kept in {home.state}; the next mount with this state directory ships it"
+            check(done.returncode == 5 and kept in done.stderr, f"umount ends in {took:.1f} s, says what stays", done.stderr)
+        else:
+            home.kill()
+        put(file, "third")
+        home = volume.mount("home", home.state, *option)
+        drains(home, "and the next mount ships it")
         home.umount()
