@@ -4,6 +4,7 @@
 
 use super::exit::{ExitCode, Failure};
 use super::options::MountOptions;
+use crate::store::open::CREDENTIALS;
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -90,7 +91,12 @@ impl Config {
         let path = || string(value).map(|text| Some(base.join(text)));
         match key {
             "store" => self.store = Some(string(value)?),
-            "store-option" => self.store_options = pairs(value)?,
+            "store-option" => {
+                self.store_options = pairs(value)?;
+                if let Some(file) = self.store_options.get_mut(CREDENTIALS) {
+                    *file = base.join(&*file).display().to_string();
+                }
+            }
             "key" => self.key = path()?,
             "keys" => self.keys = path()?,
             "name" => self.name = Some(string(value)?),

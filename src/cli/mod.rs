@@ -27,6 +27,7 @@ pub mod umount;
 pub mod upgrade;
 pub mod versions;
 
+use crate::store::open::CREDENTIALS;
 use clap::{CommandFactory, Parser, Subcommand};
 use config::Config;
 use exit::{ExitCode, Failure};
@@ -109,6 +110,9 @@ impl StoreArgs {
         let url = required(self.store.clone().or_else(|| config.store.clone()), "--store URL", "store")?;
         let mut options = config.store_options.clone();
         options.extend(self.store_options.iter().cloned());
+        if let Some(file) = options.get_mut(CREDENTIALS) {
+            *file = absolute(Path::new(file))?.display().to_string();
+        }
         Ok((url, options))
     }
 }

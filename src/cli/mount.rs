@@ -9,6 +9,7 @@ use super::seam::OpenRequest;
 use super::serve::serve;
 use super::supervise;
 use super::{StoreArgs, absolute, required};
+use crate::fuse::control_dir;
 use crate::fuse::mount::{self as kernel, MountSettings};
 use crate::fuse::table;
 use ::log::LevelFilter;
@@ -163,7 +164,12 @@ pub fn start(mut plan: MountPlan) -> Outcome {
     let fork =
         daemon::fork().map_err(|e| Failure::from_error(ExitCode::Failed, "cannot start the daemon", &e))?;
     match fork {
-        Side::Parent(child) => child.wait(USABLE_WAIT),
+        Side::Parent(child) => {
+            let code = child.wait(USABLE_WAIT)?;
+            // Once looked up it is found also while the root directory is busy. Nothing is lost if this fails.
+            let _ = std::fs::symlink_metadata(plan.settings.mountpoint.join(control_dir::NAME));
+            Ok(code)
+        }
         Side::Child(pipe) => {
             let outcome = run(&plan, pipe.clone());
             if let Err(failure) = &outcome {

@@ -71,8 +71,14 @@ pub trait Served {
     /// What status and shutdown are asked of. It keeps working until [`Served::close`].
     fn control(&self) -> Arc<dyn Control>;
     /// Answers the kernel until the volume is unmounted or `switch` is thrown; calls `ready` before the first request.
-    fn serve(&mut self, connection: &mut Connection, switch: &Switch, ready: Ready)
-    -> Result<Ended, Failure>;
+    /// `control` is what the mount's control directory shows.
+    fn serve(
+        &mut self,
+        connection: &mut Connection,
+        switch: &Switch,
+        control: Arc<dyn Control>,
+        ready: Ready,
+    ) -> Result<Ended, Failure>;
     /// The commit shown, by a reader.
     fn shown(&self) -> Option<CommitNo>;
     /// Closes the volume for who goes on with the mount, waiting for nothing but the local disk. The state directory is

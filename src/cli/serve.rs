@@ -151,7 +151,7 @@ impl Daemon {
         let guard = UnmountOnDrop { mounted, supervised: self.plan.supervise };
         let outcome = loop {
             let (relay, shown) = (self.relay.clone(), volume.shown());
-            let ended = volume.serve(&mut connection, &self.relay.switch, ready);
+            let ended = volume.serve(&mut connection, &self.relay.switch, control.clone(), ready);
             match ended {
                 Ok(Ended::Unmounted) => break Ok(()),
                 Err(e) if taken_over && !self.relay.is_serving() => {

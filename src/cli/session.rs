@@ -6,9 +6,11 @@ use super::seam::{OpenRequest, Served};
 use crate::clock::Env;
 use crate::fuse::adapter::{self, Ended, Ready};
 use crate::fuse::connection::{Connection, Switch};
+use crate::fuse::control_dir::ControlDir;
 use crate::fuse::serve::{Backend, Requests};
 use crate::log;
 use crate::ops::control::Control;
+use crate::ops::requests::Watch;
 use crate::ops::status::{CommitPoint, Status};
 use crate::replica::Predecessor;
 use crate::replica::durable::Protection;
@@ -41,6 +43,7 @@ pub(super) struct MountControl {
     failed: Mutex<Option<String>>,
     /// The mount is being handed over: nobody waits for the store any more.
     leaving: AtomicBool,
+    watch: Arc<Watch>,
 }
 
 impl MountControl {
@@ -51,6 +54,7 @@ impl MountControl {
             protection: request.protection,
             failed: Mutex::new(None),
             leaving: AtomicBool::new(false),
+            watch: Watch::new(Env::system().clock),
             volume,
         }
     }
@@ -90,6 +94,9 @@ impl Control for MountControl {
             protection: self.protection.to_string(),
             cache_bytes: volume.cache_bytes(),
             dirty_bytes: volume.fs.dirty_bytes(),
+            spool_free_bytes: volume.spool_free_bytes(),
+            requests: self.watch.figures(),
+            failed: volume.fs.failure().is_some(),
             ..Status::default()
         };
         let point = |no: CommitNo, time| Some(CommitPoint { no: no.0, time }).filter(|p| p.no > 0);
@@ -112,6 +119,11 @@ impl Control for MountControl {
         status.last_durable = remote.and_then(|time| point(account.remote, time));
         status.fallbacks = account.fallbacks;
         status.fenced = account.fenced.is_some();
+        status.failed = !status.fenced && (status.failed || account.latched.is_some());
+        status.out_of_sync_seconds = account.out_of_sync.map(|since| since.as_secs_f64());
+        status.store_error = account.last_error.clone();
+        status.waiting = account.waiters as u64;
+        status.uploads = volume.uploads();
         let latched = account.fenced.or(account.latched).or(volume.fs.failure());
         status.last_error = latched.or_else(|| self.failed.lock().clone()).or(account.last_error);
         // What is committed in the segment that is still open is on this host only, like a closed one.
@@ -160,7 +172,10 @@ impl Control for MountControl {
 
 impl Backend for MountControl {
     fn fetch(&self, ptrs: Vec<FramePtr>) -> BoxFuture<'_, log::Result<()>> {
-        Box::pin(async move { self.volume.fetch(&ptrs).await })
+        Box::pin(async move {
+            let _counted = self.watch.fetching();
+            self.volume.fetch(&ptrs).await
+        })
     }
 
     fn when_durable(&self, commit: CommitNo, done: Box<dyn FnOnce(Result<(), String>) + Send>) {
@@ -180,6 +195,10 @@ impl Backend for MountControl {
 
     fn failed(&self, what: &str) {
         *self.failed.lock() = Some(what.to_string());
+    }
+
+    fn watch(&self) -> &Arc<Watch> {
+        &self.watch
     }
 }
 
@@ -208,11 +227,14 @@ impl Served for Session {
         &mut self,
         connection: &mut Connection,
         switch: &Switch,
+        control: Arc<dyn Control>,
         ready: Ready,
     ) -> Result<Ended, Failure> {
         let backend: Arc<dyn Backend> = self.control.clone();
         let requests = Requests::new(self.control.volume.fs.clone(), backend, self.runtime.handle().clone());
-        adapter::serve(requests, connection, switch, Env::system().clock, ready)
+        let clock = Env::system().clock;
+        let shown = ControlDir::new(control, clock.clone());
+        adapter::serve(requests, connection, switch, clock, shown, ready)
             .map_err(|e| Failure::from_error(ExitCode::Failed, "serving the kernel", &e))
     }
 

@@ -3,6 +3,7 @@
 use super::exit::{ExitCode, Failure, Outcome};
 use super::mounted;
 use super::{StoreArgs, absolute, print, print_error, print_json, required, seam};
+use crate::ops::metrics;
 use crate::ops::status::Status;
 use std::path::PathBuf;
 
@@ -13,6 +14,7 @@ Examples:
   embassyfs status                      all mounts of this host
   embassyfs status /srv/land
   embassyfs status --json /srv/land
+  embassyfs status --metrics > embassyfs.prom.new && mv embassyfs.prom.new embassyfs.prom
   embassyfs status --store s3://embassy/land --key reader.key")]
 pub struct StatusArgs {
     /// Where the volume is mounted; without it and without a store, all mounts are shown.
@@ -26,6 +28,9 @@ pub struct StatusArgs {
     /// JSON instead of text.
     #[arg(long)]
     json: bool,
+    /// The figures as Prometheus reads them, for the textfile collector of a node exporter.
+    #[arg(long, conflicts_with_all = ["json", "store", "config"])]
+    metrics: bool,
 }
 
 /// Runs the command.
@@ -36,23 +41,26 @@ pub fn run(args: StatusArgs) -> Outcome {
     match &args.mountpoint {
         Some(path) => {
             let status = mounted::find(path)?.status()?;
-            show(&status, args.json)?;
+            show(&[status], &args, false)?;
             Ok(ExitCode::Ok)
         }
-        None => of_all(args.json),
+        None => of_all(&args),
     }
 }
 
-fn show(status: &Status, json: bool) -> Result<(), Failure> {
-    if json {
-        return print_json(status);
+/// `list`: JSON as a list, however many there are.
+fn show(all: &[Status], args: &StatusArgs, list: bool) -> Result<(), Failure> {
+    match all {
+        _ if args.metrics => print(metrics::text(all).trim_end()),
+        [one] if args.json && !list => print_json(one)?,
+        _ if args.json => print_json(&all)?,
+        _ => all.iter().for_each(|status| print(&status.to_string())),
     }
-    print(&status.to_string());
     Ok(())
 }
 
 /// All mounts; one that does not answer does not hide the others.
-fn of_all(json: bool) -> Outcome {
+fn of_all(args: &StatusArgs) -> Outcome {
     let mut code = ExitCode::Ok;
     let mut all = Vec::new();
     for mount in mounted::all()? {
@@ -64,13 +72,9 @@ fn of_all(json: bool) -> Outcome {
             }
         }
     }
-    if json {
-        print_json(&all)?;
-    } else {
-        all.iter().for_each(|status| print(&status.to_string()));
-        if all.is_empty() && code == ExitCode::Ok {
-            print_error("no EmbassyFS volume is mounted on this host");
-        }
+    show(&all, args, true)?;
+    if !args.json && all.is_empty() && code == ExitCode::Ok {
+        print_error("no EmbassyFS volume is mounted on this host");
     }
     Ok(code)
 }

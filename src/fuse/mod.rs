@@ -5,6 +5,7 @@
 pub mod adapter;
 pub mod beneath;
 pub mod connection;
+pub mod control_dir;
 pub mod gate;
 pub mod mount;
 mod pace;

@@ -5,6 +5,7 @@
 use super::gate::{Gate, What};
 use crate::fs::{self, Fs, Seek, Strip};
 use crate::log;
+use crate::ops::requests::Watch;
 use crate::types::{CommitNo, FramePtr, Ino};
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -41,6 +42,8 @@ pub trait Backend: Send + Sync {
     fn free_bytes(&self) -> u64;
     /// An application got an error that POSIX does not foresee: for the status.
     fn failed(&self, what: &str);
+    /// Where requests are counted.
+    fn watch(&self) -> &Arc<Watch>;
 }
 
 /// Size of the volume, in blocks of `block_size` bytes.
@@ -88,12 +91,30 @@ impl Requests {
         mut op: impl FnMut(&Fs) -> fs::Result<T> + Send + 'static,
         reply: impl FnOnce(&Fs, Served<T>) + Send + 'static,
     ) {
+        let open = self.backend.watch().begin(what);
+        let reply = move |fs: &Fs, result: Served<T>| {
+            open.answered(&result);
+            reply(fs, result);
+        };
         let what = What::current(what);
         match self.attempt(&what, &mut op) {
             Err(e) if wants_retry(&e) => {
                 self.pool.spawn(self.clone().retry(Job { what, op, reply }, e));
             }
             result => reply(&self.fs, result.map_err(|e| self.report(&what, &e))),
+        }
+    }
+
+    /// `reply`, with the request counted from now until it is called.
+    fn counted<T, R: FnOnce(Served<T>) + Send + 'static>(
+        &self,
+        what: &'static str,
+        reply: R,
+    ) -> impl FnOnce(Served<T>) + Send + use<T, R> {
+        let open = self.backend.watch().begin(what);
+        move |result| {
+            open.answered(&result);
+            reply(result);
         }
     }
 
@@ -106,6 +127,7 @@ impl Requests {
         counts: bool,
         reply: impl FnOnce(Served<Bytes>) + Send + 'static,
     ) {
+        let reply = self.counted("read", reply);
         let mut op = move |fs: &Fs| {
             let bytes = fs.read(ino, offset, len)?;
             if counts {
@@ -158,6 +180,7 @@ impl Requests {
         strip: Strip,
         reply: impl FnOnce(Served<usize>) + Send + 'static,
     ) {
+        let reply = self.counted("write", reply);
         let what = What::current("write");
         match self.attempt(&what, &mut |fs| fs.write_as(ino, offset, data, strip)) {
             Err(e) if wants_retry(&e) => {
@@ -183,6 +206,7 @@ impl Requests {
         if self.fs.settings.read_only || matches!(self.fs.may_have_holes(ino), Ok(false)) {
             return self.serve("lseek", move |fs| fs.seek(ino, offset, what), move |_, result| reply(result));
         }
+        let reply = self.counted("lseek", reply);
         let (this, pool) = (Arc::downgrade(self), self.pool.clone());
         let at = What::current("lseek");
         // Not on the dispatch thread: the kernel's writes come to it while this waits for them.
@@ -202,6 +226,7 @@ impl Requests {
 
     /// Replies when everything written before is durable at the mount's protection level.
     pub(super) fn fsync(self: &Arc<Self>, reply: impl FnOnce(Served<()>) + Send + 'static) {
+        let reply = self.counted("fsync", reply);
         if let Some(reason) = self.fs.failure() {
             ::log::error!("fsync: {reason}");
             return reply(Err(libc::EIO));

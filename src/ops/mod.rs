@@ -4,4 +4,7 @@
 
 pub mod control;
 pub mod init;
+pub mod metrics;
+pub mod protection;
+pub mod requests;
 pub mod status;

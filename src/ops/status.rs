@@ -1,6 +1,7 @@
 //! What a mounted volume says about itself: the record that `embassyfs status` shows, and its text for people.
 //! Invariant: the JSON keys are an interface; they are added to, never renamed.
 
+use super::requests::RequestFigures;
 use crate::types::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -51,6 +52,36 @@ pub struct Status {
     pub fenced: bool,
     /// The last thing that went wrong, if it still matters.
     pub last_error: Option<String>,
+    /// Seconds since `available` fell back to the local spool; null while it has not.
+    pub out_of_sync_seconds: Option<f64>,
+    /// True when the local log has failed: every change is refused until the next mount.
+    pub failed: bool,
+    /// Why the last upload failed; null when one has succeeded since.
+    pub store_error: Option<String>,
+    /// Callers that wait until something is durable.
+    pub waiting: u64,
+    /// What was sent to the store since the mount.
+    pub uploads: UploadFigures,
+    /// Bytes that the disk of the state directory had left when it was last looked at (each second).
+    pub spool_free_bytes: Option<u64>,
+    /// What the kernel asked since the mount.
+    pub requests: RequestFigures,
+}
+
+/// What was sent to the store since the mount.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct UploadFigures {
+    /// Segments and checkpoints that wait or are under way.
+    pub pending: u64,
+    /// Segments sent.
+    pub sent_segments: u64,
+    /// Their bytes.
+    pub sent_bytes: u64,
+    /// Checkpoints sent.
+    pub sent_checkpoints: u64,
+    /// Attempts that failed.
+    pub failures: u64,
 }
 
 /// A commit and when it was made.
@@ -101,7 +132,7 @@ impl Status {
         self.dirty_bytes > 0 || self.has_unsent_commits()
     }
 
-    fn has_unsent_commits(&self) -> bool {
+    pub(super) fn has_unsent_commits(&self) -> bool {
         self.unsent_bytes > 0 || self.unsent_segments > 0 || self.unsent_commits() > 0
     }
 

@@ -92,6 +92,8 @@ pub struct Snapshot {
     pub remote_head: Option<Head>,
     /// False while the level has fallen back to the local disk.
     pub in_sync: bool,
+    /// For how long that has been so; none while it is in sync.
+    pub out_of_sync: Option<Duration>,
     /// Closed segments that are not in the embassy.
     pub unsent_segments: u64,
     /// Their bytes.
@@ -247,6 +249,7 @@ impl Durable {
             remote: state.at.remote,
             remote_head: state.at.remote_head,
             in_sync: state.in_sync,
+            out_of_sync: (!state.in_sync).then(|| now.saturating_sub(state.out_since)),
             unsent_segments: state.unsent_segments,
             unsent_bytes: state.unsent_bytes,
             lag: state.lag(now),
@@ -309,9 +312,9 @@ impl Durable {
         });
     }
 
-    /// The uploader: what stands in the way just now.
-    pub(super) fn set_error(&self, message: String) {
-        self.state.lock().last_error = Some(message);
+    /// The uploader: what stands in the way just now, if anything does.
+    pub(super) fn set_error(&self, message: Option<String>) {
+        self.state.lock().last_error = message;
     }
 
     /// Another writer owns the chain: nothing more will become durable in the embassy. The first reason stays. The

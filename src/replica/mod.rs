@@ -7,6 +7,7 @@ pub mod listing;
 mod opening;
 mod orphans;
 mod predecessor;
+mod proof;
 pub mod uploader;
 pub mod volume;
 
@@ -22,4 +23,4 @@ pub fn fuzz_pin(bytes: &[u8]) {
 }
 
 pub use durable::{Durable, Position, Protection, Snapshot, WaitError};
-pub use uploader::{Upload, UploadMetrics, Uploader};
+pub use uploader::{Upload, Uploader};

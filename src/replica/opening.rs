@@ -73,8 +73,9 @@ pub(super) async fn reach<'a>(
         return Ok(Some(store));
     }
     match crate::store::reachable(store, REACH_TIMEOUT).await {
-        Err(e) if e.is_transient() => {
-            ::log::warn!("the store does not answer ({e}); opening from what this host holds");
+        // Also when it refuses: credentials that have expired must not keep home from starting.
+        Err(e) if e.may_pass() => {
+            ::log::warn!("the store does not serve ({e}); opening from what this host holds");
             Ok(None)
         }
         _ => Ok(Some(store)),

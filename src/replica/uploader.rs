@@ -6,6 +6,7 @@ use super::durable::Durable;
 use crate::clock::Env;
 use crate::log::ClosedSegment;
 use crate::log::segment::is_whole;
+use crate::ops::status::UploadFigures;
 use crate::store::retry::{Backoff, COMPARE_SUFFIX};
 use crate::store::{Store, StoreError, file_suffix};
 use crate::types::Seq;
@@ -23,7 +24,8 @@ use tokio::task::JoinHandle;
 
 const FIRST_DELAY: Duration = Duration::from_millis(100);
 const DELAY_MAX: Duration = Duration::from_secs(5);
-/// Pause after an error that goes away only when somebody acts. Still asked again, for then nobody has to remount.
+/// Pauses after errors that go away only when somebody acts. Still asked again, for then nobody has to remount.
+const DENIED_FIRST_DELAY: Duration = Duration::from_secs(1);
 const DENIED_DELAY: Duration = Duration::from_secs(30);
 /// How long the disk is trusted with a segment that was just written.
 const TRUSTED_FOR: Duration = Duration::from_secs(60);
@@ -47,21 +49,6 @@ pub enum Upload {
         /// The newest segment that it needs.
         after: Seq,
     },
-}
-
-/// Counters for status and metrics.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct UploadMetrics {
-    /// Segments and checkpoints that are waiting or under way.
-    pub pending: u64,
-    /// Segments sent since the start.
-    pub sent_segments: u64,
-    /// Bytes of segments sent since the start.
-    pub sent_bytes: u64,
-    /// Checkpoints put since the start.
-    pub sent_checkpoints: u64,
-    /// Attempts that failed since the start.
-    pub failures: u64,
 }
 
 /// True while applications write faster than the local disk takes it and nobody waits for the embassy.
@@ -148,9 +135,9 @@ impl Uploader {
     }
 
     /// The counters.
-    pub fn metrics(&self) -> UploadMetrics {
+    pub fn figures(&self) -> UploadFigures {
         let get = |counter: &AtomicU64| counter.load(Ordering::SeqCst);
-        UploadMetrics {
+        UploadFigures {
             pending: get(&self.shared.pending),
             sent_segments: get(&self.shared.sent_segments),
             sent_bytes: get(&self.shared.sent_bytes),
@@ -291,12 +278,14 @@ impl Shared {
     /// Repeats `attempt` until it succeeds. Does not return after a fence: the halt ends it with everything else.
     async fn insist<'a>(&'a self, name: &str, attempt: impl Fn() -> BoxFuture<'a, Result<(), Failure>>) {
         let mut backoff = Backoff::new(FIRST_DELAY, DELAY_MAX);
+        let mut denied = Backoff::new(DENIED_FIRST_DELAY, DENIED_DELAY);
         let mut failures = 0;
         loop {
             let (message, pause) = match attempt().await {
                 Ok(()) => {
                     if failures > 0 {
                         info!("{name}: sent after {failures} failed attempts");
+                        self.durable.set_error(None);
                     }
                     return;
                 }
@@ -308,7 +297,7 @@ impl Shared {
                 }
                 Err(Failure::Stuck(message)) => {
                     error!("{message}; nothing reaches the embassy until this is put right");
-                    (message, DENIED_DELAY)
+                    (message, denied.pause(&self.env))
                 }
                 Err(Failure::Fenced(message)) => {
                     self.durable.fence(message);
@@ -318,7 +307,7 @@ impl Shared {
             };
             failures += 1;
             self.failures.fetch_add(1, Ordering::SeqCst);
-            self.durable.set_error(message);
+            self.durable.set_error(Some(message));
             tokio::time::sleep(pause).await;
         }
     }

@@ -7,6 +7,7 @@ use super::io::Io;
 use super::opening::{self, Opened, Version};
 use super::orphans;
 use super::predecessor::Predecessor;
+use super::proof::ProvenStore;
 use super::uploader::{Upload, Uploader};
 use crate::clock::{Env, Thread};
 use crate::crypto::keyfile::{KeyFile, Role as KeyRole};
@@ -18,6 +19,7 @@ use crate::log::statedir::StateDir;
 use crate::log::volume::Superblock;
 use crate::log::writer::LogWriter;
 use crate::log::{self, ClosedSegment, Error, Result};
+use crate::ops::status::UploadFigures;
 use crate::store::Store;
 use crate::tree::checkpoint;
 use crate::types::{CommitNo, Epoch, FramePtr, Seq, Timestamp};
@@ -89,6 +91,8 @@ pub struct Volume {
 struct Home {
     shipper: Arc<Shipper>,
     committer: Mutex<Option<Box<dyn Thread>>>,
+    /// What the spool's disk has left, looked at each second; the greatest number while that is not known.
+    free_bytes: Arc<AtomicU64>,
 }
 
 impl Volume {
@@ -176,6 +180,17 @@ impl Volume {
     /// Bytes of the local disk used as cache.
     pub fn cache_bytes(&self) -> u64 {
         self.reader.disk_cache_bytes()
+    }
+
+    /// What was sent to the store; all zero for a reader, and once the volume is closed.
+    pub fn uploads(&self) -> UploadFigures {
+        let Some(home) = &self.home else { return UploadFigures::default() };
+        home.shipper.uploader.lock().as_ref().map(Uploader::figures).unwrap_or_default()
+    }
+
+    /// Bytes that the spool's disk had left when a writer last looked.
+    pub fn spool_free_bytes(&self) -> Option<u64> {
+        self.home.as_ref().map(|home| home.free_bytes.load(Ordering::Relaxed)).filter(|n| *n != u64::MAX)
     }
 
     /// Brings frames to this host; bounded in time.
@@ -270,6 +285,11 @@ impl Parts<'_> {
             recovered.last_commit,
         )));
         self.runtime.block_on(opening::check_next_ino(&opened, self.reader))?;
+        let superblock = self.dir.read(log::volume::NAME)?.unwrap_or_default().into();
+        let proven = ProvenStore::new(self.options.store.clone(), superblock, env.clock.clone());
+        if self.store.is_some() {
+            self.runtime.block_on(proven.refuse_to_begin())?;
+        }
         opened.recovery.orphans = self.runtime.block_on(orphans::find(&opened, self.reader))?;
         let (sent, unsent) = match self.before {
             Some(before) => before.split_sent(&opened),
@@ -302,7 +322,7 @@ impl Parts<'_> {
             fs: OnceLock::new(),
             closing: AtomicBool::new(false),
         });
-        shipper.start_uploader(self.options.store.clone(), self.options.uploads);
+        shipper.start_uploader(Arc::new(proven), self.options.uploads);
         shipper.retire();
         unsent.into_iter().for_each(|segment| shipper.push(Upload::Segment(segment)));
         if let Some((name, body, after)) = checkpoint {
@@ -311,7 +331,7 @@ impl Parts<'_> {
         let threads = env.threads.clone();
         let fs = Arc::new(Fs::new(self.settings, env, self.reader.clone(), opened.recovery));
         self.before.map_or(Ok(()), |before| before.hand_on(&fs, &durable))?;
-        watch_space(&fs, self.dir, self.runtime, self.options.settings.dirty_max);
+        let free_bytes = watch_space(&fs, self.dir, self.runtime, self.options.settings.dirty_max);
         let _ = shipper.fs.set(Arc::downgrade(&fs)); // set once, here
         let latched = Arc::downgrade(&fs);
         durable.on_fence(Box::new(move |reason| {
@@ -325,7 +345,7 @@ impl Parts<'_> {
             .spawn("committer", Box::new(move || committer.run()))
             .map_err(Error::io("start the committer's thread"))?;
         fs.abandoned().into_iter().for_each(|ino| orphans::free(&fs, ino, self.reader, self.runtime));
-        Ok((fs, Some(Home { shipper, committer: Mutex::new(Some(thread)) })))
+        Ok((fs, Some(Home { shipper, committer: Mutex::new(Some(thread)), free_bytes })))
     }
 }
 
@@ -349,20 +369,26 @@ async fn split_sent(store: Option<&dyn Store>, opened: &Opened) -> (Vec<ClosedSe
     })
 }
 
-/// Keeps the file system told whether the spool's disk has room for what memory may still hold.
-fn watch_space(fs: &Arc<Fs>, dir: &Arc<StateDir>, runtime: &Io, dirty_max: u64) {
+/// Keeps the file system told whether the spool's disk has room for what memory may still hold; gives what is left.
+fn watch_space(fs: &Arc<Fs>, dir: &Arc<StateDir>, runtime: &Io, dirty_max: u64) -> Arc<AtomicU64> {
+    let last = Arc::new(AtomicU64::new(u64::MAX));
+    let seen = last.clone();
     let (fs, dir) = (Arc::downgrade(fs), Arc::downgrade(dir)); // the task must not keep the volume open
     let reserve = 2 * dirty_max + (64 << 20);
     runtime.spawn(async move {
         while let (Some(fs), Some(dir)) = (fs.upgrade(), dir.upgrade()) {
             match dir.free_bytes() {
-                Ok(free) => fs.set_no_space(free < reserve),
+                Ok(free) => {
+                    last.store(free, Ordering::Relaxed);
+                    fs.set_no_space(free < reserve);
+                }
                 Err(e) => ::log::warn!("free space of the spool: {e}"),
             }
             drop((fs, dir));
             tokio::time::sleep(SPACE_INTERVAL).await;
         }
     });
+    seen
 }
 
 /// Commits whose time is wanted until the store has them.
@@ -529,12 +555,12 @@ impl Shipping for Shipper {
     }
 
     fn fetch(&self, ptrs: &[FramePtr]) -> Result<()> {
-        // A link that is down holds commits up that need old pages; it must not end the writer. Whoever waits for
-        // the commit has a bound of his own.
+        // A link that is down, or a store that refuses, holds commits up that need old pages; it must not end the
+        // writer. Whoever waits for the commit has a bound of his own.
         self.runtime.block_on(async {
             loop {
                 match self.reader.fetch(ptrs).await {
-                    Err(Error::Store(e)) if e.is_transient() && !self.closing.load(Ordering::Acquire) => {
+                    Err(Error::Store(e)) if e.may_pass() && !self.closing.load(Ordering::Acquire) => {
                         ::log::warn!("a commit waits for pages that only the store has: {e}");
                         tokio::time::sleep(PAUSE).await;
                     }

@@ -1,6 +1,7 @@
 //! A bucket: the contract that every store, real or for tests, keeps. The layers above know nothing else of it.
 //! Invariant: an object, once there, never changes; only the collector's identity deletes.
 
+mod credentials;
 mod direct;
 pub mod fault;
 pub mod local;
@@ -39,13 +40,21 @@ pub enum StoreError {
         /// Object name.
         name: String,
     },
-    /// Refused for good (credentials, permission, bad configuration, a request that cannot be met): retrying does
-    /// not help until somebody changes something.
+    /// Refused for good (credentials, permission, a full bucket, bad configuration): retrying does not help until
+    /// somebody changes something.
     #[error("{name}: refused: {detail}")]
     Denied {
         /// Object name.
         name: String,
         /// The store's words and what to do.
+        detail: String,
+    },
+    /// The range that was asked for reaches past the end of the object.
+    #[error("{name}: {detail}")]
+    OutOfRange {
+        /// Object name.
+        name: String,
+        /// What was asked for, and what there is.
         detail: String,
     },
     /// The store did not answer, answered late, or answered with a fault: retrying may help. Whether the request
@@ -84,6 +93,12 @@ impl StoreError {
     pub fn is_transient(&self) -> bool {
         matches!(self, StoreError::Unavailable { .. })
     }
+
+    /// True when the same request may succeed later: by itself, or because somebody puts right what the store refuses
+    /// it for (credentials that have expired, say). False when what is asked for is not there.
+    pub fn may_pass(&self) -> bool {
+        matches!(self, StoreError::Unavailable { .. } | StoreError::Denied { .. })
+    }
 }
 
 /// Refuses a name that is not an object's: one or two parts of `[a-z0-9.~-]`, none of them empty or opening with a
@@ -109,7 +124,7 @@ pub(crate) fn check_range(name: &str, range: &Range<u64>, size: u64) -> Result<(
         return Ok(());
     }
     let detail = format!("bytes {}..{} were asked for; the object has {size}", range.start, range.end);
-    Err(StoreError::denied(name, detail))
+    Err(StoreError::OutOfRange { name: name.to_owned(), detail })
 }
 
 /// How long `bytes` may be under way, beside the time that any request may take.
@@ -183,8 +198,13 @@ pub trait Store: Send + Sync {
         }
         .boxed()
     }
+    /// [`Store::put_new`], asked once: the answer is the store's own word. What repeats requests takes an object that is
+    /// there for one that an earlier attempt has put; this says `AlreadyExists`.
+    fn put_once(&self, name: &str, body: Bytes) -> BoxFuture<'_, Result<(), StoreError>> {
+        self.put_new(name, body)
+    }
     /// Bytes `range` of the object: all of them or an error, never short data. `NotFound` when the object is missing,
-    /// `Denied` when the range reaches past its end. An empty range only asks whether it would be met.
+    /// `OutOfRange` when the range reaches past its end. An empty range only asks whether it would be met.
     fn get_range(&self, name: &str, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, StoreError>>;
     /// The last `len` bytes of the object (all of it when it is shorter), and its whole size in bytes.
     fn get_suffix(&self, name: &str, len: u64) -> BoxFuture<'_, Result<(Bytes, u64), StoreError>>;

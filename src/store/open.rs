@@ -1,6 +1,7 @@
 //! From a URL and options to a store.
 //! Invariant: what cannot work is refused here, with the forms that are accepted; no secret gets into a message.
 
+use super::credentials::FileCredentials;
 use super::local::LocalStore;
 use super::remote::RemoteStore;
 use super::retry::{RetryPolicy, RetryStore};
@@ -17,6 +18,8 @@ use std::time::Duration;
 
 const FORMS: &str =
     "use file:///directory, /directory, s3://bucket/prefix, az://container/prefix or gs://bucket/prefix";
+/// The option that names a file with credentials, which is read again when it changes. S3 only.
+pub const CREDENTIALS: &str = "credentials";
 const CONNECT_TIMEOUT: &str = "5s";
 /// Longer than the store adapter's own bounds, which know how much a request moves, for the largest of bodies.
 const CLIENT_TIMEOUT: &str = "200000s";
@@ -24,7 +27,8 @@ const CLIENT_TIMEOUT: &str = "200000s";
 /// Opens the store at `url`: `file:///directory` or an absolute path, `s3://bucket/prefix`, `az://container/prefix`,
 /// `gs://bucket/prefix`. The environment (`AWS_*`, `AZURE_*`, `GOOGLE_*`) says how to reach it, and `options` override
 /// that, with the names that `object_store` knows: `endpoint`, `region`, `access_key_id`, `secret_access_key`,
-/// `allow_http`, `virtual_hosted_style_request`, `account_name`, `service_account`, ... Nothing is sent yet.
+/// `allow_http`, `virtual_hosted_style_request`, `account_name`, `service_account`, ... and for S3 [`CREDENTIALS`].
+/// Nothing is sent yet.
 pub fn open(url: &str, options: &BTreeMap<String, String>) -> Result<Arc<dyn Store>, StoreError> {
     opened(url, options, LocalStore::new)
 }
@@ -150,6 +154,12 @@ fn s3(place: &Place, options: &BTreeMap<String, String>) -> Result<Arc<dyn Objec
         .with_config(Client(ClientConfigKey::ConnectTimeout), CONNECT_TIMEOUT)
         .with_config(Client(ClientConfigKey::Timeout), CLIENT_TIMEOUT);
     for (key, value) in spelled(options) {
+        if key == CREDENTIALS {
+            let file = FileCredentials::open(value.as_ref());
+            let file = file.map_err(|why| StoreError::denied(&place.url, format!("credentials: {why}")))?;
+            builder = builder.with_credentials(Arc::new(file));
+            continue;
+        }
         let known = key.parse().map_err(|_| unknown_option(&place.url, &key))?;
         builder = builder.with_config(known, value);
     }

@@ -266,6 +266,9 @@ fn detail(text: &str) -> String {
     short
 }
 
+/// Words of S3 and of servers like it for "no room".
+const FULL: &[&str] = &["QuotaExceeded", "InsufficientStorage", "StorageFull"];
+
 /// What an error of `object_store` means in the contract's terms.
 fn convert(name: &str, error: Error) -> StoreError {
     let text = chain(&error);
@@ -276,6 +279,10 @@ fn convert(name: &str, error: Error) -> StoreError {
         }
         Error::NotFound { .. } => StoreError::not_found(name),
         Error::AlreadyExists { .. } | Error::Precondition { .. } => StoreError::already_exists(name),
+        _ if says(FULL) || status(&error) == Some(507) => {
+            let detail = format!("{}; the store is full or over its quota: make room there", detail(&text));
+            StoreError::denied(name, detail)
+        }
         Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => {
             StoreError::denied(name, format!("{}; check the credentials and their rights", detail(&text)))
         }
@@ -358,6 +365,11 @@ mod tests {
         let denied = |e| matches!(convert("log/1", e), StoreError::Denied { .. });
         assert!(denied(answer(400, "<Error><Code>ExpiredToken</Code></Error>")));
         assert!(denied(answer(301, "")) && denied(answer(501, "")));
+        let full = |e| convert("log/1", e).to_string().contains("make room");
+        assert!(denied(answer(507, "")) && full(answer(507, "")));
+        assert!(full(answer(400, "<Error><Code>XMinioStorageFull</Code></Error>")));
+        let quota = Error::PermissionDenied { path: "x".into(), source: "<Code>QuotaExceeded</Code>".into() };
+        assert!(full(quota));
         for error in
             [answer(500, ""), answer(503, "SlowDown"), answer(429, ""), answer(400, "RequestTimeout")]
         {

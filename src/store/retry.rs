@@ -213,6 +213,10 @@ impl Store for RetryStore {
         async move { self.put(&name, Source::Bytes(body)).await }.boxed()
     }
 
+    fn put_once(&self, name: &str, body: Bytes) -> BoxFuture<'_, Result<(), StoreError>> {
+        self.inner.put_once(name, body)
+    }
+
     fn put_file(&self, name: &str, file: &FileRef) -> BoxFuture<'_, Result<(), StoreError>> {
         let (name, source) = (name.to_owned(), Source::File(file.clone()));
         async move { self.put(&name, source).await }.boxed()

@@ -36,14 +36,20 @@ pub(super) fn file_attr(attr: &Attr) -> FileAttr {
 
 /// The reply that says "no such name, and you may remember it".
 pub(super) fn negative() -> FileAttr {
+    blank(Timestamp::default())
+}
+
+/// Attributes with all times `time` and nothing else in them.
+pub(super) fn blank(time: Timestamp) -> FileAttr {
+    let time = system_time(time);
     FileAttr {
         ino: INodeNo(0),
         size: 0,
         blocks: 0,
-        atime: UNIX_EPOCH,
-        mtime: UNIX_EPOCH,
-        ctime: UNIX_EPOCH,
-        crtime: UNIX_EPOCH,
+        atime: time,
+        mtime: time,
+        ctime: time,
+        crtime: time,
         kind: fuser::FileType::RegularFile,
         perm: 0,
         nlink: 0,

@@ -3,7 +3,7 @@
 //! what it was at, and harms no other; once the gate is closed no handler runs but FORGET, which has no answer and
 //! so is not asked again.
 
-use super::Adapter;
+use super::control::WithControlDir;
 use crate::fuse::gate::What;
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, INodeNo, IoctlFlags, KernelConfig,
@@ -20,11 +20,11 @@ use std::path::Path;
 use std::time::SystemTime;
 
 /// The adapter behind the gate.
-pub(super) struct Guard(pub(super) Adapter);
+pub(super) struct Guard(pub(super) WithControlDir);
 
 impl Guard {
     fn pass<R>(&self, what: What, reply: R, call: impl FnOnce(R)) {
-        let Some(_inside) = self.0.requests.gate().enter() else {
+        let Some(_inside) = self.0.requests().gate().enter() else {
             // Who goes on with the connection is asked again; dropped, this would answer EIO.
             return std::mem::forget(reply);
         };
@@ -35,7 +35,7 @@ impl Guard {
     fn caught(&self, what: What, call: impl FnOnce()) {
         what.enter();
         if let Err(panic) = catch_unwind(AssertUnwindSafe(call)) {
-            self.0.requests.panicked(&what, &*panic);
+            self.0.requests().panicked(&what, &*panic);
         }
     }
 }

@@ -2,6 +2,7 @@
 //! Invariant: no request waits on the dispatch thread. What needs the network, the disk's sync or room is handed
 //! to the pool together with its reply; a handler that panics answers EIO and is logged.
 
+mod control;
 mod convert;
 mod guard;
 mod reply;
@@ -12,7 +13,9 @@ mod tests;
 
 pub use session::{Ended, Ready};
 
+use self::control::WithControlDir;
 use super::connection::{Connection, Switch};
+use super::control_dir::ControlDir;
 use super::pace::{self, Pace};
 use super::serve::{Requests, Served};
 use crate::clock::Clock;
@@ -52,11 +55,13 @@ pub fn serve(
     connection: &mut Connection,
     switch: &Switch,
     clock: Arc<dyn Clock>,
+    control: ControlDir,
     ready: Ready,
 ) -> io::Result<Ended> {
-    let pace = Pace::start(connection.fd.as_fd(), clock)?;
+    let pace = Pace::start(connection.fd.as_fd(), clock.clone())?;
     let kernel = Arc::new(OnceLock::new());
     let adapter = Adapter { requests, pace, stripped: Mutex::default(), kernel: kernel.clone() };
+    let adapter = WithControlDir::new(adapter, control, clock.now());
     session::run(Guard(adapter), connection, switch, &kernel, ready)
 }
 

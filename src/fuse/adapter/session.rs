@@ -31,7 +31,7 @@ pub(super) fn run(
     kernel: &Arc<OnceLock<Notifier>>,
     ready: Ready,
 ) -> io::Result<Ended> {
-    let gate = guard.0.requests.gate().clone();
+    let gate = guard.0.requests().gate().clone();
     let taken_over = connection.greeting.is_some();
     let session = greet(guard, connection)?;
     if let Some(greeting) = &connection.greeting {

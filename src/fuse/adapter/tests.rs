@@ -6,6 +6,7 @@ use crate::fs::{Recovery, Settings};
 use crate::fuse::connection::{Greeting, message_pair, receive_message, send_message};
 use crate::fuse::serve::Backend;
 use crate::log::{self, Frames};
+use crate::ops::requests::Watch;
 use crate::types::{CommitNo, FrameKind, FramePtr, Timestamp};
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -52,8 +53,8 @@ impl Clock for BadClock {
 }
 
 /// A backend whose every call panics when told to, and which remembers what it was told of failures.
-#[derive(Default)]
 struct BadBackend {
+    watch: Arc<Watch>,
     panics: AtomicUsize,
     failures: Mutex<Vec<String>>,
 }
@@ -83,6 +84,9 @@ impl Backend for BadBackend {
     fn failed(&self, what: &str) {
         self.failures.lock().push(what.to_string());
     }
+    fn watch(&self) -> &Arc<Watch> {
+        &self.watch
+    }
 }
 
 struct NoFrames;
@@ -109,7 +113,11 @@ impl Kernel {
         let clocks = [Arc::new(Fuse::default()), Arc::new(Fuse::default())];
         let env = Env { clock: Arc::new(BadClock(clocks[0].clone())), ..Env::system() };
         let fs = Arc::new(Fs::new(Settings::default(), env, Arc::new(NoFrames), Recovery::empty()));
-        let backend = Arc::new(BadBackend::default());
+        let backend = Arc::new(BadBackend {
+            watch: Watch::new(Env::system().clock),
+            panics: AtomicUsize::default(),
+            failures: Mutex::default(),
+        });
         let pool = Runtime::new().expect("a runtime");
         let requests = Requests::new(fs.clone(), backend.clone(), pool.handle().clone());
         let (socket, theirs) = message_pair(0).expect("sockets");
@@ -117,7 +125,8 @@ impl Kernel {
         let server = std::thread::spawn(move || {
             let mut connection = Connection::new(theirs);
             let ready = Box::new(|_: &Greeting| Ok(()));
-            serve(requests, &mut connection, &Switch::default(), clock, ready)
+            let control = ControlDir::of(Vec::new(), Env::system().clock);
+            serve(requests, &mut connection, &Switch::default(), clock, control, ready)
         });
         let kernel = Kernel { socket, backend, clocks, fs, server: Some(server), _pool: pool };
         let mut init = [0u8; 64];

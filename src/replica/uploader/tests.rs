@@ -154,7 +154,7 @@ async fn lost_requests_and_answers_delay_but_lose_and_repeat_nothing() {
     assert_eq!(rig.durable.fenced(), None);
     let seen = rig.durable.snapshot();
     assert_eq!((seen.remote, seen.unsent_bytes, seen.last_error), (CommitNo(400), 0, None));
-    assert!(uploader.metrics().failures > 5);
+    assert!(uploader.figures().failures > 5);
     for n in 1..=40 {
         let (body, _) = rig.memory.get_suffix(&format!("log/{}", Seq(n)), u64::MAX).await.unwrap();
         assert_eq!(body, std::fs::read(rig.segment(n).file.path).unwrap());
@@ -253,7 +253,7 @@ async fn a_checkpoint_waits_for_the_segments_that_it_needs() {
     uploader.push(checkpoint(2));
     until_idle(&uploader).await;
     assert_eq!(rig.memory.list("checkpoint/", None, 9).await.unwrap().len(), 1);
-    assert_eq!(uploader.metrics().sent_checkpoints, 2);
+    assert_eq!(uploader.figures().sent_checkpoints, 2);
 }
 
 #[tokio::test(start_paused = true)]
