@@ -42,6 +42,7 @@ CASES = {
     "acl": (120, [None]),
     "access_times": (60, [None]),
     "posix": (240, ["directories", "attributes", "files", "mounting"]),
+    "crash": (120, ["kill", "power", "sqlite", "postgresql"]),
     "suites": (300, ["fsx", "stress_ng", "dbench", "fio"]),
 }
 
