@@ -144,7 +144,6 @@ struct State {
     connections: usize,
     /// Set when the volume is closed; those who wait for the end get it.
     last: Option<Status>,
-    waiting_for_last: usize,
 }
 
 impl Shared {
@@ -174,12 +173,13 @@ impl Server {
         Ok(Server { path: path.into(), inode, shared })
     }
 
-    /// Tells those who wait for the end how it ended, and waits a moment until they have heard it.
+    /// Tells those who wait for the end how it ended, and waits a moment until all clients have hung up: one that
+    /// unmounts asks only when the mount is gone, and by then the volume may be closed already.
     pub fn finish(self, last: Status) {
         let mut state = self.shared.lock();
         state.last = Some(last);
         self.shared.changed.notify_all();
-        let waited = self.shared.changed.wait_timeout_while(state, IO_WAIT, |s| s.waiting_for_last > 0);
+        let waited = self.shared.changed.wait_timeout_while(state, IO_WAIT, |s| s.connections > 0);
         drop(waited);
     }
 }
@@ -233,6 +233,7 @@ fn accept_loop(listener: &UnixListener, shared: &Arc<Shared>) {
                 ::log::debug!("control channel: {e}");
             }
             for_thread.lock().connections -= 1;
+            for_thread.changed.notify_all();
         });
         if spawned.is_err() {
             shared.lock().connections -= 1;
@@ -316,14 +317,9 @@ fn answer(stream: &UnixStream, shared: &Arc<Shared>, request: Request) -> io::Re
 }
 
 fn farewell(shared: &Shared, timeout: Duration) -> Reply {
-    let mut state = shared.lock();
-    state.waiting_for_last += 1;
+    let state = shared.lock();
     let waited = shared.changed.wait_timeout_while(state, timeout, |s| s.last.is_none());
-    let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-    state.waiting_for_last -= 1;
-    let last = state.last.clone();
-    drop(state);
-    shared.changed.notify_all();
+    let last = waited.unwrap_or_else(PoisonError::into_inner).0.last.clone();
     match last {
         Some(status) => Reply::Ok(status),
         None => Reply::Error { message: "still mounted".into(), status: None },

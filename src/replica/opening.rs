@@ -59,7 +59,8 @@ pub(super) struct Opened {
     pub replay_seq: Seq,
 }
 
-/// The store, if it answers. A writer that holds the volume's own copy of everything it needs goes on without it.
+/// The store, if it answers. A writer that holds the volume's own copy of everything it needs goes on without it, also
+/// when the store refuses it (credentials that have expired): home works, and `status` says what is wrong.
 pub(super) async fn reach<'a>(
     store: &'a dyn Store,
     dir: &StateDir,
@@ -69,8 +70,8 @@ pub(super) async fn reach<'a>(
         return Ok(Some(store));
     }
     match crate::store::reachable(store, REACH_TIMEOUT).await {
-        Err(e) if e.is_transient() => {
-            ::log::warn!("the store does not answer ({e}); opening from what this host holds");
+        Err(e) if e.is_transient() || matches!(e, StoreError::Denied { .. }) => {
+            ::log::warn!("the store does not serve us ({e}); opening from what this host holds");
             Ok(None)
         }
         _ => Ok(Some(store)),

@@ -22,8 +22,8 @@ from harness import Failed
 PAGE = 4096
 BLOCKS = 16
 APPENDED, PAGED, NAMES = 6, 4, 150
-# How a call ends when the daemon dies under it, or has died.
-GONE = (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO, errno.ENODEV, errno.ENOENT)
+# How a call ends when the daemon dies under it, or has died, or its disk has.
+GONE = (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO, errno.ENODEV, errno.ENOENT, errno.EROFS)
 
 
 def read_tree(root):
