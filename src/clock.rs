@@ -1,6 +1,8 @@
-//! Time and randomness: the only door to the wall clock, the monotonic clock and the kernel's random source.
+//! Time, randomness and threads: the only door to the wall clock, the monotonic clock, the kernel's random source, and
+//! to threads of one's own.
 //! Invariant: a layer that takes an [`Env`] is a pure function of it, so that a simulation can replay a run.
 
+use crate::disk::{Disk, SystemDisk};
 use crate::types::Timestamp;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,19 +21,48 @@ pub trait Random: Send + Sync {
     fn fill(&self, out: &mut [u8]);
 }
 
-/// Time and randomness together, as they are handed down through the layers.
+/// What a thread does.
+pub type Work = Box<dyn FnOnce() + Send>;
+
+/// A source of threads.
+pub trait Threads: Send + Sync {
+    /// Starts a thread.
+    fn spawn(&self, name: &str, work: Work) -> std::io::Result<Box<dyn Thread>>;
+
+    /// Whether threads have turns given to them: then one that has nothing to do gives its turn back ([`Threads::turn`])
+    /// instead of sleeping.
+    fn take_turns(&self) -> bool {
+        false
+    }
+
+    /// A place where the calling thread holds no lock and others may go first.
+    fn turn(&self) {}
+}
+
+/// A thread that was started.
+pub trait Thread: Send {
+    /// Waits for its end; false if that was a panic.
+    fn join(self: Box<Self>) -> bool;
+}
+
+/// All that a run depends on beside its input and the store, as it is handed down through the layers.
 #[derive(Clone)]
 pub struct Env {
     /// Where time comes from.
     pub clock: Arc<dyn Clock>,
     /// Where randomness comes from.
     pub random: Arc<dyn Random>,
+    /// Where threads come from.
+    pub threads: Arc<dyn Threads>,
+    /// Where files of the state directory are.
+    pub disk: Arc<dyn Disk>,
 }
 
 impl Env {
-    /// The machine's own clocks and the kernel's random source.
+    /// The machine's own clocks, threads and disk, and the kernel's random source.
     pub fn system() -> Env {
-        Env { clock: Arc::new(SystemClock::new()), random: Arc::new(KernelRandom) }
+        let (clock, random) = (Arc::new(SystemClock::new()), Arc::new(KernelRandom));
+        Env { clock, random, threads: Arc::new(SystemThreads), disk: Arc::new(SystemDisk) }
     }
 
     /// `N` fresh random bytes.
@@ -73,5 +104,20 @@ impl Random for KernelRandom {
     fn fill(&self, out: &mut [u8]) {
         getrandom::fill(out)
             .expect("the kernel's random source failed; sealing without it would not be safe");
+    }
+}
+
+struct SystemThreads;
+
+impl Threads for SystemThreads {
+    fn spawn(&self, name: &str, work: Work) -> std::io::Result<Box<dyn Thread>> {
+        let thread = std::thread::Builder::new().name(name.into()).spawn(work)?;
+        Ok(Box::new(thread))
+    }
+}
+
+impl Thread for std::thread::JoinHandle<()> {
+    fn join(self: Box<Self>) -> bool {
+        std::thread::JoinHandle::join(*self).is_ok()
     }
 }

@@ -14,12 +14,13 @@
 //! | `cache` | opened frames, cached ranges |
 //! | `store` | the bucket |
 //! | `crypto` | keys, slots, sealing, signing, hashing |
-//! | `types`, `clock` | the shared vocabulary, time and randomness |
+//! | `clock`, `disk`, `types` | time, randomness, threads; files of the state directory; the shared vocabulary |
 
 pub mod cache;
 pub mod cli;
 pub mod clock;
 pub mod crypto;
+pub mod disk;
 pub mod fs;
 pub mod fuse;
 pub mod log;

@@ -41,7 +41,11 @@ impl Random for Fixed {
 }
 
 fn env() -> Env {
-    Env { clock: Arc::new(Fixed(AtomicU8::new(1))), random: Arc::new(Fixed(AtomicU8::new(1))) }
+    Env {
+        clock: Arc::new(Fixed(AtomicU8::new(1))),
+        random: Arc::new(Fixed(AtomicU8::new(1))),
+        ..Env::system()
+    }
 }
 
 fn volume() -> Arc<VolumeContext> {

@@ -7,6 +7,7 @@
 //! | `model/reference.rs`, `contents.rs`, `sparse.rs` | the model |
 //! | `model/ops.rs` | the steps, and how they are drawn |
 //! | `model/run.rs` | a step on both sides |
+//! | `model/ends.rs` | what home shows, now and after an end |
 //! | `model/life.rs` | crashes, restarts, readers |
 //! | `model/compare.rs` | a whole volume against the model |
 //! | `model/host.rs` | home, its ends, the embassy, the clock |
@@ -28,6 +29,8 @@ mod common;
 mod compare;
 #[path = "model/contents.rs"]
 mod contents;
+#[path = "model/ends.rs"]
+mod ends;
 #[path = "model/host.rs"]
 mod host;
 #[path = "model/life.rs"]
@@ -49,6 +52,9 @@ use embassyfs::log::volume::Parameters;
 use embassyfs::types::Ino;
 use run::{Counts, Run};
 use std::time::Duration;
+
+/// How the runs are asked for.
+const NAME: &str = "model";
 
 /// Sizes and taste of a run come from its seed: small sizes for most.
 fn run(seed: u64, steps: u64) -> Counts {

@@ -3,6 +3,7 @@
 
 use bytes::Bytes;
 use embassyfs::clock::Env;
+use embassyfs::disk::FileRef;
 use embassyfs::store::fault::{FaultStore, Faults};
 use embassyfs::store::local::LocalStore;
 use embassyfs::store::memory::MemoryStore;
@@ -167,28 +168,28 @@ async fn racing(store: &Arc<dyn Store>, kind: Kind) {
 /// A file is put as its bytes are: the same object, the same answer when the name is taken.
 async fn files(store: &dyn Store, kind: Kind) {
     let dir = tempfile::tempdir().expect("temporary directory");
-    let path = dir.path().join("source");
+    let file = FileRef::system(&dir.path().join("source"));
     for (n, len) in [0, 1, 70_000, (3 << 20) + 1].into_iter().enumerate() {
         let body = bytes(len, n as u8);
-        std::fs::write(&path, &body).expect("write");
+        std::fs::write(&file.path, &body).expect("write");
         let name = format!("file/{n}");
-        store.put_file(&name, &path).await.expect("put of a file");
+        store.put_file(&name, &file).await.expect("put of a file");
         let (there, size) = store.get_suffix(&name, 1 << 40).await.expect("read back");
         assert!(size == len as u64 && there == body, "{len} bytes");
-        let again = store.put_file(&name, &path).await;
+        let again = store.put_file(&name, &file).await;
         let taken = matches!(again, Err(StoreError::AlreadyExists { .. }));
         // Behind retries, "it is there, and it is mine" is an answer too.
         assert!(taken || (kind != Kind::Full && again.is_ok()), "{again:?}");
-        std::fs::write(&path, bytes(len + 1, 9)).expect("write");
-        let other = store.put_file(&name, &path).await;
+        std::fs::write(&file.path, bytes(len + 1, 9)).expect("write");
+        let other = store.put_file(&name, &file).await;
         assert!(matches!(other, Err(StoreError::AlreadyExists { .. })), "{len}: {other:?}");
         let (there, _) = store.get_suffix(&name, 1 << 40).await.expect("read back");
         assert!(there == body, "a put never changes what is there");
         store.delete(&name).await.expect("delete");
     }
-    let missing = store.put_file("file/x", &dir.path().join("missing")).await;
+    let missing = store.put_file("file/x", &FileRef::system(&dir.path().join("missing"))).await;
     assert!(matches!(missing, Err(StoreError::Denied { .. })), "{missing:?}");
-    let bad = store.put_file("../x", &path).await;
+    let bad = store.put_file("../x", &file).await;
     assert!(matches!(bad, Err(StoreError::Denied { .. })), "{bad:?}");
     assert!(store.list("file/", None, 9).await.expect("list").is_empty());
 }

@@ -5,20 +5,21 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The layers, lowest first: a module uses only what has a smaller number. `types` and `clock` know nobody.
+/// The layers, lowest first: a module uses only what has a smaller number. `types` and `disk` know nobody.
 const LAYERS: &[(&str, u32)] = &[
     ("types", 0),
-    ("clock", 1),
-    ("crypto", 2),
-    ("store", 3),
-    ("cache", 4),
-    ("log", 5),
-    ("tree", 6),
-    ("fs", 7),
-    ("ops", 8),
-    ("replica", 9),
-    ("fuse", 10),
-    ("cli", 11),
+    ("disk", 1),
+    ("clock", 2),
+    ("crypto", 3),
+    ("store", 4),
+    ("cache", 5),
+    ("log", 6),
+    ("tree", 7),
+    ("fs", 8),
+    ("ops", 9),
+    ("replica", 10),
+    ("fuse", 11),
+    ("cli", 12),
 ];
 
 /// Crates that only one place may know: a module, or a part of one.

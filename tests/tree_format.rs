@@ -103,7 +103,7 @@ fn keys() -> (VolumeKey, SecretKey) {
 
 fn sealed(root: &Root) -> Vec<u8> {
     let (key, signer) = keys();
-    let env = Env { clock: Arc::new(Fixed), random: Arc::new(Fixed) };
+    let env = Env { clock: Arc::new(Fixed), random: Arc::new(Fixed), ..Env::system() };
     checkpoint::seal(root, VOLUME, &key, 1, &signer, &env)
 }
 

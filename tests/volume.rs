@@ -4,7 +4,7 @@
 mod common;
 
 use common::{ROOT_USER, World, content, create, node, noise};
-use embassyfs::fs::{SetAttr, XattrMode};
+use embassyfs::fs::{SetAttr, Settings, XattrMode};
 use embassyfs::log::volume::Parameters;
 use embassyfs::replica::Version;
 use embassyfs::replica::volume::{OpenOptions, Volume};
@@ -200,7 +200,9 @@ fn a_second_home_is_refused_and_told_why() {
 fn a_full_volume_takes_overwrites_refuses_growth_and_has_room_again_at_once() {
     const MIB: u64 = 1 << 20;
     let world = World::new(Parameters::default());
-    let limited = OpenOptions { size_limit: Some(40 * MIB), ..world.options("home") };
+    let options = world.options("home");
+    let settings = Settings { size_limit: Some(40 * MIB), ..options.settings };
+    let limited = OpenOptions { settings, ..options };
     let home = Volume::open(limited, world.runtime.handle()).unwrap();
     let file = create(&world, &home, Ino::ROOT, "register", b"");
     let write = |ino: Ino, at: u64, seed: u64| {

@@ -80,7 +80,7 @@ fn compare(name: &str, bytes: &[u8]) {
 
 #[test]
 fn what_is_written_is_the_golden_fixture() {
-    let env = Env { clock: Arc::new(Fixed), random: Arc::new(Fixed) };
+    let env = Env { clock: Arc::new(Fixed), random: Arc::new(Fixed), ..Env::system() };
     let keys = keys();
     let superblock = superblock(&env, &keys);
     let writer = &keys.writer;
@@ -100,7 +100,8 @@ fn what_is_written_is_the_golden_fixture() {
 #[test]
 fn the_golden_superblock_opens_with_each_golden_key_file_and_with_the_passphrase() {
     let volume_json = std::fs::read(fixture("volume.json")).unwrap();
-    let meant = superblock(&Env { clock: Arc::new(Fixed), random: Arc::new(Fixed) }, &keys());
+    let meant =
+        superblock(&Env { clock: Arc::new(Fixed), random: Arc::new(Fixed), ..Env::system() }, &keys());
     for (name, role) in
         [("writer.key", Role::Writer), ("reader.key", Role::Reader), ("auditor.key", Role::Auditor)]
     {

@@ -7,7 +7,7 @@ use super::session::{MountControl, Session};
 use crate::clock::Env;
 use crate::crypto::keyfile::{KeyFile, KeyFileError, Role};
 use crate::crypto::slots::Argon2Params;
-use crate::fs::Caller;
+use crate::fs::{Caller, Settings};
 use crate::fuse::mount::{MountSettings, own_ids};
 use crate::log::volume::{self, Parameters};
 use crate::log::{CommitInfo, Error};
@@ -96,16 +96,19 @@ pub fn open(request: OpenRequest) -> Result<Box<dyn Served>, Failure> {
             Some(At::Commit(no)) => Version::Commit(no),
             Some(At::Time(time)) => Version::Time(time),
         },
-        read_only: request.read_only,
         protection: request.protection,
         sync_timeout: request.sync_timeout,
         disk_cache: request.cache_size,
         frame_cache: usize::try_from(request.memory_size).unwrap_or(usize::MAX),
-        dirty_max: request.dirty_size,
         uploads: request.uploads as usize,
-        size_limit: request.size_limit,
-        relatime: request.relatime,
-        root_owner: Caller { uid, gid },
+        settings: Settings {
+            read_only: request.read_only,
+            dirty_max: request.dirty_size,
+            size_limit: request.size_limit,
+            relatime: request.relatime,
+            root_owner: Caller { uid, gid },
+            ..Settings::default()
+        },
     };
     let volume = Volume::open(options, runtime.handle()).map_err(|e| failure(&e))?;
     let control = Arc::new(MountControl::new(Arc::new(volume), &request));

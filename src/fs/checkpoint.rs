@@ -5,6 +5,7 @@
 use super::Fs;
 use super::commit::{Shipping, close_and_ship};
 use super::state::State;
+use crate::clock::Thread;
 use crate::log::writer::LogWriter;
 use crate::log::{self, Append};
 use crate::tree::Source;
@@ -16,7 +17,6 @@ use parking_lot::Mutex;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
 
 /// Segments since the last checkpoint above which one is made: each costs a replay a request.
 const REPLAY_SEGMENTS_MAX: u64 = 512;
@@ -52,7 +52,7 @@ pub struct Checkpointer {
     log: Arc<Mutex<LogWriter>>,
     shipping: Arc<dyn Shipping>,
     busy: Arc<AtomicBool>,
-    worker: Option<JoinHandle<()>>,
+    worker: Option<Box<dyn Thread>>,
     /// First segment a replay would need now.
     replay_seq: Arc<AtomicU64>,
     /// After a failure, the monotonic time in seconds before which no other is begun.
@@ -122,7 +122,7 @@ impl Checkpointer {
             busy.store(false, Ordering::Release);
             fs.wake.notify_one();
         };
-        match std::thread::Builder::new().name("checkpoint".into()).spawn(work) {
+        match self.fs.env.threads.spawn("checkpoint", Box::new(work)) {
             Ok(worker) => self.worker = Some(worker),
             Err(e) => {
                 ::log::error!("no thread for a checkpoint: {e}");
@@ -134,7 +134,7 @@ impl Checkpointer {
     /// Waits for the checkpoint under way, if any.
     pub(super) fn finish(&mut self) {
         if let Some(worker) = self.worker.take()
-            && worker.join().is_err()
+            && !worker.join()
         {
             ::log::error!("the checkpoint thread ended in a panic");
             self.busy.store(false, Ordering::Release);
@@ -146,7 +146,10 @@ impl Checkpointer {
 fn run(fs: &Fs, log: &Mutex<LogWriter>, shipping: &dyn Shipping, frozen: &Frozen) -> log::Result<()> {
     let changes = fold(&frozen.levels);
     let segment_size = fs.settings.segment_size;
-    let mut write_page = |page: &[u8]| append_page(log, shipping, segment_size, page);
+    let mut write_page = |page: &[u8]| {
+        fs.env.threads.turn(); // commits go on between two pages
+        append_page(log, shipping, segment_size, page)
+    };
     let source = Source { frames: &*fs.frames, fetch: &|ptrs| shipping.fetch(ptrs) };
     let merged = frozen.tree.merge(source, &changes, fs.settings.page_size, &mut write_page)?;
     let root = {
@@ -184,7 +187,7 @@ fn fold(levels: &[Arc<Delta>]) -> Delta {
     all
 }
 
-/// Appends one page, holding the log only for it: commits go on in between.
+/// Appends one page, holding the log only for it.
 fn append_page(
     log: &Mutex<LogWriter>,
     shipping: &dyn Shipping,

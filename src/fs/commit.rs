@@ -185,7 +185,13 @@ impl Committer {
             if todo != Todo::default() {
                 return todo;
             }
-            fs.wake.wait_for(&mut state, sleep);
+            match fs.env.threads.take_turns() {
+                false => drop(fs.wake.wait_for(&mut state, sleep)),
+                true => {
+                    drop(state);
+                    fs.env.threads.turn();
+                }
+            }
         }
     }
 

@@ -50,7 +50,7 @@ pub const MAX_FILE_SIZE: u64 = i64::MAX as u64;
 pub const NAME_MAX: usize = 255;
 
 /// The limits and shapes a file system is run with. All sizes in bytes.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Settings {
     /// Largest piece of a file that is sealed as one frame; a power of two, fixed for a volume.
     pub record_size: u64,

@@ -10,6 +10,7 @@ use super::segment::{
     segment_name, seq_of_name,
 };
 use super::{CommitInfo, Error, Result};
+use crate::disk::FileRef;
 use crate::store::Store;
 use crate::types::{CommitNo, Epoch, FrameKind, Head, Seq, Timestamp};
 use bytes::Bytes;
@@ -17,10 +18,7 @@ use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt, TryStreamExt};
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
 
 /// Requests to the store in flight at a time while the chain is read.
 pub(super) const WINDOW: usize = 16;
@@ -48,7 +46,7 @@ impl Default for ChainStart {
 /// Where a segment's bytes are read from.
 #[derive(Clone)]
 pub(super) enum Place<'a> {
-    File(PathBuf),
+    File(FileRef),
     Store(&'a dyn Store),
 }
 
@@ -78,7 +76,7 @@ impl Source<'_> {
     /// What to call the segment in messages.
     pub fn object(&self) -> String {
         match &self.place {
-            Place::File(path) => path.display().to_string(),
+            Place::File(file) => file.path.display().to_string(),
             Place::Store(_) => segment_name(self.seq),
         }
     }
@@ -86,15 +84,10 @@ impl Source<'_> {
     async fn suffix(&self, len: u64) -> Result<(Bytes, u64)> {
         match &self.place {
             Place::Store(store) => Ok(store.get_suffix(&segment_name(self.seq), len).await?),
-            Place::File(path) => {
-                let read = || {
-                    let file = File::open(path)?;
-                    let size = file.metadata()?.len();
-                    let mut tail = vec![0; len.min(size) as usize];
-                    file.read_exact_at(&mut tail, size - len.min(size))?;
-                    Ok((Bytes::from(tail), size))
-                };
-                read().map_err(Error::io(format!("read {}", path.display())))
+            Place::File(file) => {
+                let (tail, size) =
+                    file.suffix(len).map_err(Error::io(format!("read {}", file.path.display())))?;
+                Ok((Bytes::from(tail), size))
             }
         }
     }
@@ -102,13 +95,9 @@ impl Source<'_> {
     async fn range(&self, range: Range<u64>) -> Result<Bytes> {
         match &self.place {
             Place::Store(store) => Ok(store.get_range(&segment_name(self.seq), range).await?),
-            Place::File(path) => {
-                let read = || {
-                    let mut bytes = vec![0; (range.end - range.start) as usize];
-                    File::open(path)?.read_exact_at(&mut bytes, range.start)?;
-                    Ok(Bytes::from(bytes))
-                };
-                read().map_err(Error::io(format!("read {}", path.display())))
+            Place::File(file) => {
+                let read = file.range(range);
+                Ok(read.map_err(Error::io(format!("read {}", file.path.display())))?.into())
             }
         }
     }

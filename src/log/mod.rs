@@ -113,7 +113,7 @@ pub struct CommitInfo {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClosedSegment {
     /// Its file in the spool.
-    pub path: std::path::PathBuf,
+    pub file: crate::disk::FileRef,
     /// Its size in bytes.
     pub len: u64,
     /// Its number and the hash of its trailer.

@@ -7,23 +7,23 @@
 use super::ahead::ReadAhead;
 use super::gather::{coalesce, cut};
 use super::segment::{HEADER_LEN, Header, SegmentCipher, UncheckedHeader, VolumeContext, segment_name};
-use super::statedir::{StateDir, data_ranges, punch_hole};
+use super::statedir::StateDir;
 use super::{Error, Frames, Result};
 use crate::cache::frames::FrameCache;
 use crate::cache::ranges::Ranges;
 use crate::clock::Env;
+use crate::disk::{DiskFile, Mode};
 use crate::store::Store;
 use crate::types::{FrameKind, FramePtr, Seq};
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use lru::LruCache;
 use parking_lot::Mutex;
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fs::{File, OpenOptions};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io::ErrorKind;
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Requests to the store that one fetch has in flight.
@@ -64,7 +64,7 @@ pub struct FrameReader {
 }
 
 struct OpenFile {
-    file: File,
+    file: Arc<dyn DiskFile>,
     cipher: Arc<SegmentCipher>,
     /// An evictable copy: only its cached ranges count.
     cached: bool,
@@ -114,7 +114,8 @@ impl FrameReader {
         // are authenticated when they are opened, so a wrong guess costs a request and never gives wrong bytes.
         for seq in cached.into_iter().filter(|seq| !ranges.contains(*seq)) {
             let path = dir.cache_path(seq);
-            let held = data_ranges(&path).map_err(Error::io(format!("look at {}", path.display())))?;
+            let held = dir.disk().open(&path, Mode::Read).and_then(|file| file.data_ranges());
+            let held = held.map_err(Error::io(format!("look at {}", path.display())))?;
             held.into_iter().for_each(|range| ranges.insert(seq, range, 0));
         }
         let open_files = NonZeroUsize::new(limits.open_files).unwrap_or(NonZeroUsize::MIN);
@@ -185,12 +186,12 @@ impl FrameReader {
         let _disk = self.disk.lock();
         let (from, to) = (self.dir.log_path(seq), self.dir.cache_path(seq));
         let wrap = |e| Error::io(format!("move {} to the cache", from.display()))(e);
-        let len = match std::fs::metadata(&from) {
-            Ok(meta) => meta.len(),
+        let len = match self.dir.disk().size(&from) {
+            Ok(len) => len,
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
             Err(e) => return Err(wrap(e)),
         };
-        make_parent(&to).and_then(|()| std::fs::rename(&from, &to)).map_err(wrap)?;
+        self.make_parent(&to).and_then(|()| self.dir.disk().rename(&from, &to)).map_err(wrap)?;
         self.ranges.insert(seq, 0..len, self.now());
         self.ranges.flush();
         self.files.lock().pop(&seq);
@@ -221,7 +222,7 @@ impl FrameReader {
             }
             self.files.lock().pop(&seq);
             let path = self.dir.cache_path(seq);
-            match std::fs::remove_file(&path) {
+            match self.dir.disk().remove(&path) {
                 Err(e) if e.kind() != ErrorKind::NotFound => {
                     return Err(Error::io(format!("remove {}", path.display()))(e));
                 }
@@ -247,16 +248,23 @@ impl FrameReader {
 
     fn punch_dead(&self) {
         let mut dead = self.dead.lock();
-        let segments: Vec<Seq> =
+        let segments: BTreeSet<Seq> =
             dead.ranges.keys().copied().filter(|seq| self.ranges.contains(*seq)).collect();
+        // A power cut may give a file its old name in `log/` back, where nothing may have holes.
+        let groups: BTreeSet<PathBuf> =
+            segments.iter().filter_map(|seq| Some(self.dir.cache_path(*seq).parent()?.to_owned())).collect();
+        let moved = groups.iter().try_for_each(|group| self.dir.disk().sync_dir(group));
+        if let Err(e) = moved.map_err(Error::io("sync the cache")).and_then(|()| self.dir.sync_dir("log")) {
+            return ::log::warn!("nothing is punched out of the cache: {e}");
+        }
         for seq in segments {
             let ranges = dead.ranges.remove(&seq).unwrap_or_default();
             dead.count -= ranges.len();
-            let Ok(file) = OpenOptions::new().write(true).open(self.dir.cache_path(seq)) else { continue };
+            let Ok(file) = self.dir.disk().open(&self.dir.cache_path(seq), Mode::Write) else { continue };
             for range in merge(ranges) {
                 // Forgotten first: what is being punched must not be taken for frames.
                 self.ranges.remove(seq, &range);
-                if let Err(e) = punch_hole(&file, range) {
+                if let Err(e) = file.punch(range) {
                     ::log::debug!("cannot punch holes into {seq}: {e}");
                 }
             }
@@ -269,9 +277,9 @@ impl FrameReader {
             return Ok(Some(file.clone()));
         }
         let path = self.dir.log_path(seq);
-        let found = match File::open(&path) {
+        let found = match self.dir.disk().open(&path, Mode::Read) {
             Ok(file) => {
-                let header = self.read_header(&file, seq, &path.display().to_string())?;
+                let header = self.read_header(&*file, seq, &path.display().to_string())?;
                 Some((file, header, false))
             }
             Err(e) if e.kind() == ErrorKind::NotFound => self.open_cached(seq),
@@ -285,14 +293,15 @@ impl FrameReader {
         }))
     }
 
-    fn open_cached(&self, seq: Seq) -> Option<(File, Header, bool)> {
+    fn open_cached(&self, seq: Seq) -> Option<(Arc<dyn DiskFile>, Header, bool)> {
         if !self.ranges.covers(seq, &HEADER_RANGE) {
             return None;
         }
         let path = self.dir.cache_path(seq);
         let read = || {
-            let file = File::open(&path).map_err(Error::io(format!("open {}", path.display())))?;
-            let header = self.read_header(&file, seq, &path.display().to_string())?;
+            let file = self.dir.disk().open(&path, Mode::Read);
+            let file = file.map_err(Error::io(format!("open {}", path.display())))?;
+            let header = self.read_header(&*file, seq, &path.display().to_string())?;
             Ok::<_, Error>((file, header, true))
         };
         read()
@@ -303,7 +312,7 @@ impl FrameReader {
             .ok()
     }
 
-    fn read_header(&self, file: &File, seq: Seq, object: &str) -> Result<Header> {
+    fn read_header(&self, file: &dyn DiskFile, seq: Seq, object: &str) -> Result<Header> {
         let mut bytes = [0; HEADER_LEN];
         file.read_exact_at(&mut bytes, 0).map_err(|e| Error::corrupt(object, format!("header: {e}")))?;
         UncheckedHeader::parse(&bytes, object)?.verify(&self.ctx, seq, object)
@@ -333,7 +342,7 @@ impl FrameReader {
             Err(e) => {
                 let path = self.dir.log_path(ptr.seq);
                 // A file that was retired while it was open may have holes by now.
-                if !open.cached && path.exists() {
+                if !open.cached && self.dir.disk().size(&path).is_ok() {
                     return Err(match e {
                         Error::Corrupt { detail, .. } => Error::corrupt(path.display(), detail),
                         other => other,
@@ -434,23 +443,23 @@ impl FrameReader {
         let _disk = self.disk.lock();
         let path = self.dir.cache_path(seq);
         let wrap = |e| Error::io(format!("write {}", path.display()))(e);
-        make_parent(&path).map_err(wrap)?;
-        let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path).map_err(wrap)?;
+        self.make_parent(&path).map_err(wrap)?;
+        let file = self.dir.disk().open(&path, Mode::WriteOrCreate).map_err(wrap)?;
         let now = self.now();
         if !self.ranges.covers(seq, &HEADER_RANGE) {
-            file.write_all_at(&header.encode(), 0).map_err(wrap)?;
+            file.write_all_at(&header.encode(), 0).map_err(|(_, e)| wrap(e))?;
             self.ranges.insert(seq, HEADER_RANGE, now);
         }
         for (start, bytes) in pieces {
-            file.write_all_at(bytes, *start).map_err(wrap)?;
+            file.write_all_at(bytes, *start).map_err(|(_, e)| wrap(e))?;
             self.ranges.insert(seq, *start..*start + bytes.len() as u64, now);
         }
         Ok(())
     }
-}
 
-fn make_parent(path: &std::path::Path) -> std::io::Result<()> {
-    path.parent().map_or(Ok(()), std::fs::create_dir_all)
+    fn make_parent(&self, path: &Path) -> std::io::Result<()> {
+        path.parent().map_or(Ok(()), |parent| self.dir.disk().create_dirs(parent))
+    }
 }
 
 fn merge(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {

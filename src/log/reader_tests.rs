@@ -6,6 +6,7 @@ use super::super::writer::LogWriter;
 use super::*;
 use crate::types::{CommitNo, Epoch, Timestamp};
 use futures::executor::block_on;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering::Relaxed;
 
 struct Abroad {
@@ -31,7 +32,7 @@ fn abroad() -> Abroad {
         frames.push((0..20).map(&mut append).collect());
         writer.append_commit(CommitNo(segment + 1), Timestamp::default(), &[]).unwrap();
         let closed = writer.close().unwrap().unwrap();
-        let body = Bytes::from(std::fs::read(closed.path).unwrap());
+        let body = Bytes::from(std::fs::read(closed.file.path).unwrap());
         store.objects.lock().insert(segment_name(closed.head.seq), body);
     }
     Abroad { _home: home, here, store, frames }
@@ -122,7 +123,7 @@ fn the_disk_cache_outlives_a_restart_and_heals() {
     assert!(reader.missing_of(&a.ptrs(0)).is_empty());
     // One damaged frame and a damaged header.
     let path = reader.dir.cache_path(Seq(1));
-    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
     let hurt = a.ptrs(0)[4];
     file.write_all_at(&[0; 100], u64::from(hurt.offset) + 50).unwrap();
     assert!(matches!(reader.get(hurt, FrameKind::Data), Err(Error::Missing(_))));

@@ -12,6 +12,7 @@ use super::statedir::StateDir;
 use super::torn::{Torn, scan};
 use super::{ClosedSegment, Error, Result};
 use crate::clock::Env;
+use crate::disk::{FileRef, Mode};
 use crate::store::{Store, StoreError};
 use crate::types::{CommitNo, Epoch, Head, Seq, Timestamp};
 use bytes::Bytes;
@@ -64,6 +65,8 @@ pub struct Recovered {
 /// What lies in the spool: closed segments, and perhaps a newest one that a crash left without a trailer.
 struct Spool {
     closed: Vec<ClosedSegment>,
+    /// The contents of the newest one, if it is closed.
+    newest: Vec<u8>,
     torn: Option<(Seq, Vec<u8>)>,
 }
 
@@ -117,11 +120,17 @@ pub async fn recover(
     // A reader prefers the whole segment in the store to the torn one here; a writer was refused above.
     spool.torn = spool.torn.filter(|(seq, _)| !found.contains_key(seq));
     for segment in spool.closed.iter().filter(|segment| segment.head.seq >= start.replay_seq) {
-        found.insert(segment.head.seq, Place::File(segment.path.clone()));
+        found.insert(segment.head.seq, Place::File(segment.file.clone()));
     }
     let members = members(ctx, found, &start).await?;
     let mut replay = Replay::begin(ctx, dir, store, &start, members.sources.is_empty()).await?;
     replay.closed(ctx, members, apply).await?;
+    if let Some(newest) = spool.closed.last()
+        && role == Role::Writer
+        && spool.torn.is_none()
+    {
+        settle(dir, &newest.file, &spool.newest)?;
+    }
     if let Some((seq, bytes)) = spool.torn.filter(|_| !replay.stopped) {
         let scanned = scan(ctx, seq, &bytes, &dir.log_path(seq))?;
         replay.torn(seq, &scanned, apply)?;
@@ -148,28 +157,42 @@ pub async fn recover(
     })
 }
 
+/// Writes the newest segment once more, as it is, and waits for the disk. That it can be read does not say that it is
+/// durable: a process that was killed may have left it in the page cache, and after a sync that failed the kernel keeps
+/// what it never wrote, and takes it for written. Older ones were durable before it was begun.
+pub(super) fn settle(dir: &StateDir, file: &FileRef, bytes: &[u8]) -> Result<()> {
+    let write = || {
+        let open = file.disk.open(&file.path, Mode::Write)?;
+        open.write_all_at(bytes, 0).map_err(|(_, e)| e)?;
+        open.sync()
+    };
+    write().map_err(Error::io(format!("write {}", file.path.display())))?;
+    dir.sync_dir("log")
+}
+
 async fn read_spool(ctx: &VolumeContext, dir: &StateDir) -> Result<Spool> {
-    let mut spool = Spool { closed: Vec::new(), torn: None };
+    let mut spool = Spool { closed: Vec::new(), newest: Vec::new(), torn: None };
     let mut found = dir.log_segments()?;
     if let Some((seq, len)) = found.pop() {
-        let path = dir.log_path(seq);
-        let bytes = std::fs::read(&path).map_err(Error::io(format!("read {}", path.display())))?;
+        let file = dir.file(dir.log_path(seq));
+        let bytes = file.read().map_err(Error::io(format!("read {}", file.path.display())))?;
         let trailer = trailer_of(ctx, seq, &bytes);
         match trailer {
             // Only here the body is looked at: the others were durable before their successors were begun.
             Some((trailer, head)) if super::torn::body_holds(&trailer, &bytes) => {
                 let (last_commit, stored) = (trailer.last_commit, trailer.stored);
-                spool.closed.push(ClosedSegment { path, len, head, last_commit, stored });
+                spool.closed.push(ClosedSegment { file, len, head, last_commit, stored });
+                spool.newest = bytes;
             }
             _ => spool.torn = Some((seq, bytes)),
         }
     }
     let mut older = Vec::with_capacity(found.len() + 1);
     for (seq, len) in found {
-        let path = dir.log_path(seq);
-        let end = Source { seq, place: Place::File(path.clone()) }.trailer(ctx).await?;
+        let file = dir.file(dir.log_path(seq));
+        let end = Source { seq, place: Place::File(file.clone()) }.trailer(ctx).await?;
         let (last_commit, stored) = (end.trailer.last_commit, end.trailer.stored);
-        older.push(ClosedSegment { path, len, head: end.head, last_commit, stored });
+        older.push(ClosedSegment { file, len, head: end.head, last_commit, stored });
     }
     older.append(&mut spool.closed);
     spool.closed = older;
@@ -321,7 +344,8 @@ async fn end_of(
     head: Head,
 ) -> Result<(Epoch, CommitNo)> {
     let seq = head.seq;
-    let mut places: Vec<Place<'_>> = [dir.log_path(seq), dir.cache_path(seq)].map(Place::File).into();
+    let mut places: Vec<Place<'_>> =
+        [dir.log_path(seq), dir.cache_path(seq)].map(|path| Place::File(dir.file(path))).into();
     places.extend(store.map(Place::Store));
     let mut outcome = Err(Error::corrupt(
         segment_name(seq),

@@ -4,12 +4,11 @@
 
 use super::segment::seq_of_name;
 use super::{Error, Result};
+use crate::disk::{Disk, FileRef, Lock, Mode, SystemDisk};
 use crate::types::Seq;
-use std::fs::{File, OpenOptions};
-use std::io::{self, ErrorKind, Read, Write};
-use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Cached segments share a directory in groups of this many numbers.
 const CACHE_FAN: u64 = 4096;
@@ -18,19 +17,25 @@ const CACHE_FAN: u64 = 4096;
 #[derive(Debug)]
 pub struct StateDir {
     root: PathBuf,
+    disk: Arc<dyn Disk>,
     /// Holds the lock until the directory is dropped.
-    _lock: File,
+    _lock: Box<dyn Lock>,
 }
 
 impl StateDir {
-    /// Creates what is missing of the directory, locks it, and clears away what a crash left half made.
+    /// [`StateDir::open_on`] the machine's own disk.
     pub fn open(path: &Path) -> Result<StateDir> {
+        StateDir::open_on(Arc::new(SystemDisk), path)
+    }
+
+    /// Creates what is missing of the directory, locks it, and clears away what a crash left half made.
+    pub fn open_on(disk: Arc<dyn Disk>, path: &Path) -> Result<StateDir> {
         for sub in ["log", "checkpoint", "cache"] {
             let dir = path.join(sub);
-            std::fs::create_dir_all(&dir).map_err(Error::io(format!("create {}", dir.display())))?;
+            disk.create_dirs(&dir).map_err(Error::io(format!("create {}", dir.display())))?;
         }
-        let lock = lock(&path.join("lock"))?;
-        let dir = StateDir { root: path.to_owned(), _lock: lock };
+        let lock = lock(&*disk, &path.join("lock"))?;
+        let dir = StateDir { root: path.to_owned(), disk, _lock: lock };
         for sub in ["", "log", "checkpoint"] {
             dir.remove_leftovers(sub)?;
         }
@@ -58,16 +63,26 @@ impl StateDir {
         self.root.join("index.sled")
     }
 
+    /// The disk that it lies on.
+    pub fn disk(&self) -> &Arc<dyn Disk> {
+        &self.disk
+    }
+
+    /// A file of the directory, for those who read it later.
+    pub fn file(&self, path: PathBuf) -> FileRef {
+        FileRef { disk: self.disk.clone(), path }
+    }
+
     /// Writes the file `name` (relative to the directory) whole and durably, over one that is there.
     pub fn write_atomic(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let path = self.root.join(name);
         let tmp = path.with_extension("tmp");
         let write = || {
-            let mut file = File::create(&tmp)?;
-            file.write_all(bytes)?;
-            file.sync_all()?;
-            std::fs::rename(&tmp, &path)?;
-            File::open(path.parent().unwrap_or(&self.root))?.sync_all()
+            let file = self.disk.open(&tmp, Mode::Replace)?;
+            file.write_all_at(bytes, 0).map_err(|(_, e)| e)?;
+            file.sync()?;
+            self.disk.rename(&tmp, &path)?;
+            self.disk.sync_dir(path.parent().unwrap_or(&self.root))
         };
         write().map_err(Error::io(format!("write {}", path.display())))
     }
@@ -75,41 +90,46 @@ impl StateDir {
     /// The file `name` (relative to the directory), if it is there.
     pub fn read(&self, name: &str) -> Result<Option<Vec<u8>>> {
         let path = self.root.join(name);
-        match std::fs::read(&path) {
+        match self.file(path.clone()).read() {
             Ok(bytes) => Ok(Some(bytes)),
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
             Err(e) => Err(Error::io(format!("read {}", path.display()))(e)),
         }
     }
 
+    /// Removes the file `name` (relative to the directory).
+    pub fn remove(&self, name: impl AsRef<Path>) -> Result<()> {
+        let path = self.root.join(name);
+        self.disk.remove(&path).map_err(Error::io(format!("remove {}", path.display())))
+    }
+
     /// Makes renames and creations in the sub-directory `sub` durable (`""`: the directory itself).
     pub fn sync_dir(&self, sub: &str) -> Result<()> {
         let path = self.root.join(sub);
-        File::open(&path)
-            .and_then(|dir| dir.sync_all())
-            .map_err(Error::io(format!("sync {}", path.display())))
+        self.disk.sync_dir(&path).map_err(Error::io(format!("sync {}", path.display())))
     }
 
     /// The segments in `log/` and their sizes in bytes, in order.
     pub fn log_segments(&self) -> Result<Vec<(Seq, u64)>> {
         let mut found = Vec::new();
-        for (name, entry) in self.entries("log")? {
+        for name in self.entries("log")? {
             if let Some(seq) = seq_of_name(&name) {
-                let meta = entry.metadata().map_err(Error::io(format!("look at log/{name}")))?;
-                found.push((seq, meta.len()));
+                let size = self.disk.size(&self.log_path(seq));
+                found.push((seq, size.map_err(Error::io(format!("look at log/{name}")))?));
             }
         }
         found.sort_unstable();
         Ok(found)
     }
 
-    /// The cached segments, in no order.
+    /// The cached segments, in order.
     pub fn cache_segments(&self) -> Result<Vec<Seq>> {
         let mut found = Vec::new();
-        for (group, _) in self.entries("cache")? {
-            let names = self.entries(&format!("cache/{group}"))?;
-            found.extend(names.iter().filter_map(|(name, _)| seq_of_name(name)));
+        for group in self.entries("cache")? {
+            found
+                .extend(self.entries(&format!("cache/{group}"))?.iter().filter_map(|name| seq_of_name(name)));
         }
+        found.sort_unstable();
         Ok(found)
     }
 
@@ -118,8 +138,8 @@ impl StateDir {
         let mut names: Vec<String> = self
             .entries("checkpoint")?
             .into_iter()
-            .filter(|(name, _)| seq_of_name(name).is_some())
-            .map(|(name, _)| format!("checkpoint/{name}"))
+            .filter(|name| seq_of_name(name).is_some())
+            .map(|name| format!("checkpoint/{name}"))
             .collect();
         names.sort_unstable();
         Ok(names)
@@ -127,105 +147,32 @@ impl StateDir {
 
     /// Bytes that may still be written to the file system the directory lies on.
     pub fn free_bytes(&self) -> Result<u64> {
-        let dir = File::open(&self.root).map_err(Error::io(format!("open {}", self.root.display())))?;
-        // SAFETY: `statvfs` is plain data for which all zeros is a value, and `fstatvfs` only writes to it.
-        let (result, stat) = unsafe {
-            let mut stat: libc::statvfs = std::mem::zeroed();
-            (libc::fstatvfs(dir.as_raw_fd(), &raw mut stat), stat)
-        };
-        check(result).map_err(Error::io(format!("statvfs {}", self.root.display())))?;
-        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+        self.disk.free_bytes(&self.root).map_err(Error::io(format!("statvfs {}", self.root.display())))
     }
 
-    fn entries(&self, sub: &str) -> Result<Vec<(String, std::fs::DirEntry)>> {
+    fn entries(&self, sub: &str) -> Result<Vec<String>> {
         let path = self.root.join(sub);
-        let list = || {
-            let mut found = Vec::new();
-            for entry in std::fs::read_dir(&path)? {
-                let entry = entry?;
-                if let Ok(name) = entry.file_name().into_string() {
-                    found.push((name, entry));
-                }
-            }
-            Ok(found)
-        };
-        list().map_err(Error::io(format!("list {}", path.display())))
+        self.disk.list(&path).map_err(Error::io(format!("list {}", path.display())))
     }
 
     fn remove_leftovers(&self, sub: &str) -> Result<()> {
-        for (name, entry) in self.entries(sub)? {
+        for name in self.entries(sub)? {
             if name.ends_with(".tmp") || name.ends_with(".void") {
-                std::fs::remove_file(entry.path()).map_err(Error::io(format!("remove {name}")))?;
+                self.remove(Path::new(sub).join(name))?;
             }
         }
         Ok(())
     }
 }
 
-fn lock(path: &Path) -> Result<File> {
-    let wrap = |e| Error::io(format!("lock {}", path.display()))(e);
-    let mut file =
-        OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(wrap)?;
-    // SAFETY: a system call on a descriptor that `file` keeps open; no memory is passed.
-    let result = unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) };
-    match check(result) {
-        Ok(()) => {}
-        Err(e) if e.kind() == ErrorKind::WouldBlock => {
-            let mut holder = String::new();
-            // Only for the message: a holder that cannot be read is still a holder.
-            let _ = (&mut file).take(20).read_to_string(&mut holder);
-            return Err(Error::Refused(format!(
-                "{} is held by process {}: one process at a time works in a state directory; unmount there first",
-                path.display(),
-                if holder.trim().is_empty() { "(unknown)" } else { holder.trim() },
-            )));
-        }
-        Err(e) => return Err(wrap(e)),
-    }
-    file.set_len(0)
-        .and_then(|()| file.write_all(format!("{}\n", std::process::id()).as_bytes()))
-        .map_err(wrap)?;
-    Ok(file)
-}
-
-/// Gives the blocks of `range` of `file` back to the disk; what is read there afterwards is zeros.
-pub(super) fn punch_hole(file: &File, range: std::ops::Range<u64>) -> std::io::Result<()> {
-    let (offset, len) = (range.start.cast_signed(), (range.end - range.start).cast_signed());
-    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-    // SAFETY: a system call on a descriptor that `file` keeps open; no memory is passed.
-    check(unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) })
-}
-
-fn check(result: libc::c_int) -> std::io::Result<()> {
-    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
-}
-
-/// The stretches of a sparse file that are not holes.
-pub(super) fn data_ranges(path: &Path) -> io::Result<Vec<Range<u64>>> {
-    let file = File::open(path)?;
-    let len = file.metadata()?.len();
-    let mut ranges = Vec::new();
-    let mut at = 0;
-    while let Some(start) = seek(&file, at, libc::SEEK_DATA)?
-        && start < len
-    {
-        let end = seek(&file, start, libc::SEEK_HOLE)?.unwrap_or(len);
-        ranges.push(start..end);
-        at = end;
-    }
-    Ok(ranges)
-}
-
-/// lseek(2) for data or a hole; `None` past the last one.
-fn seek(file: &File, at: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
-    let offset = libc::off_t::try_from(at).map_err(io::Error::other)?;
-    // SAFETY: lseek takes no pointers, and the descriptor is open for as long as `file` is borrowed.
-    match unsafe { libc::lseek(file.as_raw_fd(), offset, whence) } {
-        found @ 0.. => Ok(Some(found.cast_unsigned())),
-        _ => match io::Error::last_os_error() {
-            e if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-            e => Err(e),
-        },
+fn lock(disk: &dyn Disk, path: &Path) -> Result<Box<dyn Lock>> {
+    match disk.lock(path).map_err(Error::io(format!("lock {}", path.display())))? {
+        Ok(lock) => Ok(lock),
+        Err(holder) => Err(Error::Refused(format!(
+            "{} is held by process {}: one process at a time works in a state directory; unmount there first",
+            path.display(),
+            if holder.is_empty() { "(unknown)" } else { &holder },
+        ))),
     }
 }
 

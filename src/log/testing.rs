@@ -127,7 +127,11 @@ impl Random for Ticks {
 
 /// Time and randomness that begin at `seed` and go on by counting.
 pub(super) fn env(seed: u64) -> Env {
-    Env { clock: Arc::new(Ticks(AtomicU64::new(seed))), random: Arc::new(Ticks(AtomicU64::new(seed << 32))) }
+    Env {
+        clock: Arc::new(Ticks(AtomicU64::new(seed))),
+        random: Arc::new(Ticks(AtomicU64::new(seed << 32))),
+        ..Env::system()
+    }
 }
 
 /// A volume that can be written.

@@ -9,18 +9,21 @@ use super::segment::{
     HEADER_LEN, Header, Index, IndexedCommit, SegmentCipher, TRAILER_LEN, Trailer, UncheckedHeader,
     VolumeContext,
 };
+use super::recovery::settle;
 use super::statedir::StateDir;
 use super::{ClosedSegment, Error, Result};
 use crate::clock::Env;
 use crate::crypto::{Hasher, hash};
+use crate::disk::Mode;
 use crate::types::{CommitNo, Epoch, FrameKind, FramePtr, Head, Seq};
 use bytes::Bytes;
-use std::fs::OpenOptions;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 /// So many zero bytes in a row do not occur in sealed frames; where they do, the disk never got the bytes.
 const HOLE_LEN: usize = 16;
+/// What a disk writes whole: where only the end of a sector is missing, the hole can be shorter, but ends with it.
+const SECTOR: usize = 512;
+const SECTOR_HOLE_LEN: usize = 4;
 
 /// What is whole of a segment that was not closed.
 pub(super) struct Torn {
@@ -54,11 +57,13 @@ impl Torn {
         last_commit: CommitNo,
     ) -> Result<Option<ClosedSegment>> {
         let path = dir.log_path(seq);
-        let wrap = |e| Error::io(format!("close {}", path.display()))(e);
+        let shown = path.display().to_string();
+        let wrap = |e| Error::io(format!("close {shown}"))(e);
         let Some(header) = self.header else {
             // Moved aside first: a half removed file must not be taken for a segment.
             let aside = path.with_extension("void");
-            std::fs::rename(&path, &aside).and_then(|()| std::fs::remove_file(&aside)).map_err(wrap)?;
+            let disk = dir.disk();
+            disk.rename(&path, &aside).and_then(|()| disk.remove(&aside)).map_err(wrap)?;
             dir.sync_dir("log")?;
             return Ok(None);
         };
@@ -68,14 +73,15 @@ impl Torn {
         let end = self.end as u64;
         let ending = Ending { ctx, prev, last_commit, stored: Seq(0) };
         let closing = ending.bytes(header, &self.index, hasher, end, 0, env.random_bytes())?;
-        let file = OpenOptions::new().write(true).open(&path).map_err(wrap)?;
-        file.set_len(end)
-            .and_then(|()| file.write_all_at(&closing.bytes, end))
-            .and_then(|()| file.sync_all())
-            .map_err(wrap)?;
-        dir.sync_dir("log")?;
-        let len = end + closing.bytes.len() as u64;
-        Ok(Some(ClosedSegment { path, len, head: closing.head, last_commit, stored: Seq(0) }))
+        let mut whole = bytes;
+        whole.truncate(self.end);
+        whole.extend_from_slice(&closing.bytes);
+        // What lies behind the end goes first: it must not be taken for more of the segment.
+        dir.disk().open(&path, Mode::Write).and_then(|file| file.set_len(end)).map_err(wrap)?;
+        let file = dir.file(path);
+        settle(dir, &file, &whole)?;
+        let len = whole.len() as u64;
+        Ok(Some(ClosedSegment { file, len, head: closing.head, last_commit, stored: Seq(0) }))
     }
 }
 
@@ -91,7 +97,7 @@ pub(super) fn scan(ctx: &VolumeContext, seq: Seq, bytes: &[u8], path: &Path) -> 
     let header = match UncheckedHeader::parse(head, &object) {
         Ok(header) => header.verify(ctx, seq, &object)?,
         // The first write never reached the disk, or not whole.
-        Err(_) if head.len() < HEADER_LEN || has_hole(head) => return Ok(Torn::nothing()),
+        Err(_) if head.len() < HEADER_LEN || has_hole(head, 0) => return Ok(Torn::nothing()),
         Err(e) => return Err(e),
     };
     let mut scan = Scan {
@@ -110,8 +116,13 @@ pub(super) fn scan(ctx: &VolumeContext, seq: Seq, bytes: &[u8], path: &Path) -> 
     Ok(torn)
 }
 
-fn has_hole(bytes: &[u8]) -> bool {
-    bytes.windows(HOLE_LEN).any(|window| window.iter().all(|b| *b == 0))
+/// Whether bytes that never reached the disk are among `bytes`, which lie at `offset` of the file.
+fn has_hole(bytes: &[u8], offset: usize) -> bool {
+    let zeros = |window: &[u8]| window.iter().all(|b| *b == 0);
+    let first = SECTOR - offset % SECTOR;
+    let sector_ends = (first..=bytes.len()).step_by(SECTOR).filter_map(|end| bytes.get(..end));
+    bytes.windows(HOLE_LEN).any(zeros)
+        || sector_ends.filter_map(|head| head.last_chunk::<SECTOR_HOLE_LEN>()).any(|end| zeros(end))
 }
 
 struct Scan<'a> {
@@ -188,7 +199,7 @@ impl Scan<'_> {
         };
         if let Some((trailer, _)) = trailer_of(ctx, seq, self.bytes) {
             let body = self.bytes.get(stopped..trailer.body_len() as usize).unwrap_or_default();
-            if (trailer.synced as usize) > stopped || !has_hole(body) {
+            if (trailer.synced as usize) > stopped || !has_hole(body, stopped) {
                 return damage("the segment was closed, and its bytes have changed since");
             }
         }

@@ -16,49 +16,16 @@ use super::statedir::StateDir;
 use super::{Append, ClosedSegment, Error, Result};
 use crate::clock::Env;
 use crate::crypto::Hasher;
+use crate::disk::{DiskFile, Mode};
 use crate::types::{CommitNo, Epoch, FrameKind, FramePtr, Head, Seq, Timestamp};
-use std::fs::{File, OpenOptions};
-use std::io::{self, ErrorKind};
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// The buffer is written out when it holds this many bytes.
 const BUFFER_LEN: usize = 1 << 20;
-/// Writes of at least this many bytes are on their way to the disk before anybody waits for them.
-const WRITEBACK_MIN: usize = 512 << 10;
-
-/// What the writer does to a file of the spool; tests put a failing one in its place.
-pub(super) trait SpoolFile: Send + Sync {
-    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize>;
-    fn sync_data(&self) -> io::Result<()>;
-    fn set_len(&self, len: u64) -> io::Result<()>;
-}
-
-impl SpoolFile for File {
-    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
-        let written = FileExt::write_at(self, bytes, offset)?;
-        if written >= WRITEBACK_MIN {
-            // The disk begins at once instead of at the sync, which then waits for the last piece only.
-            let (start, len) = (offset.cast_signed(), written as i64);
-            // SAFETY: the descriptor is open, and no pointers are passed. Failure costs nothing but time.
-            unsafe { libc::sync_file_range(self.as_raw_fd(), start, len, libc::SYNC_FILE_RANGE_WRITE) };
-        }
-        Ok(written)
-    }
-
-    fn sync_data(&self) -> io::Result<()> {
-        File::sync_data(self)
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        File::set_len(self, len)
-    }
-}
-
-type Create = Box<dyn Fn(&Path) -> io::Result<Arc<dyn SpoolFile>> + Send>;
+type Create = Box<dyn Fn(&Path) -> io::Result<Arc<dyn DiskFile>> + Send>;
 
 /// The one writer of a volume's log on this host.
 pub struct LogWriter {
@@ -77,7 +44,7 @@ pub struct LogWriter {
 
 struct OpenSegment {
     seq: Seq,
-    file: Arc<dyn SpoolFile>,
+    file: Arc<dyn DiskFile>,
     cipher: SegmentCipher,
     opened_at: Duration,
     /// Sealed bytes that follow the first `written` ones of the file.
@@ -94,7 +61,7 @@ struct OpenSegment {
 pub struct SyncPoint {
     seq: Seq,
     up_to: u64,
-    file: Arc<dyn SpoolFile>,
+    file: Arc<dyn DiskFile>,
     dir: Option<Arc<StateDir>>,
     outcome: Option<Result<()>>,
 }
@@ -106,7 +73,7 @@ impl SyncPoint {
             if let Some(dir) = &self.dir {
                 dir.sync_dir("log")?;
             }
-            self.file.sync_data().map_err(Error::io(format!("sync {}", segment_name(self.seq))))
+            self.file.sync().map_err(Error::io(format!("sync {}", segment_name(self.seq))))
         };
         self.outcome = Some(sync());
     }
@@ -124,10 +91,8 @@ impl LogWriter {
         next_seq: Seq,
         last_commit: CommitNo,
     ) -> LogWriter {
-        let create: Create = Box::new(|path| {
-            let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
-            Ok(Arc::new(file))
-        });
+        let disk = dir.disk().clone();
+        let create: Create = Box::new(move |path| disk.open(path, Mode::CreateNew));
         let stored = Seq(0);
         LogWriter {
             dir,
@@ -250,19 +215,14 @@ impl LogWriter {
             self.env.random_bytes(),
         )?;
         let (file, seq, written) = (open.file.clone(), open.seq, open.written);
-        if let Err((_, e)) = write_all(&*file, &closing.bytes, written) {
+        if let Err((_, e)) = file.write_all_at(&closing.bytes, written) {
             // Nothing of the index is needed: the next attempt seals it anew, under a key of its own.
             let _ = file.set_len(written);
             return Err(self.failed("write", e));
         }
-        let durable =
-            file.sync_data().map_err(Error::io(format!("sync {}", segment_name(seq)))).and_then(|()| {
-                if self.open.as_ref().is_some_and(|o| o.dir_synced) {
-                    Ok(())
-                } else {
-                    self.dir.sync_dir("log")
-                }
-            });
+        let durable = file.sync().map_err(Error::io(format!("sync {}", segment_name(seq)))).and_then(|()| {
+            if self.open.as_ref().is_some_and(|o| o.dir_synced) { Ok(()) } else { self.dir.sync_dir("log") }
+        });
         if let Err(e) = durable {
             self.latch(&e);
             return Err(e);
@@ -271,7 +231,7 @@ impl LogWriter {
         self.prev = Some(closing.head);
         self.next_seq = Seq(seq.0 + 1);
         Ok(Some(ClosedSegment {
-            path: self.dir.log_path(seq),
+            file: self.dir.file(self.dir.log_path(seq)),
             len: written + closing.bytes.len() as u64,
             head: closing.head,
             last_commit: self.last_commit,
@@ -424,7 +384,7 @@ impl OpenSegment {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        let outcome = write_all(&*self.file, &self.buffer, self.written);
+        let outcome = self.file.write_all_at(&self.buffer, self.written);
         let done = match &outcome {
             Ok(()) => self.buffer.len(),
             Err((done, _)) => *done,
@@ -434,20 +394,6 @@ impl OpenSegment {
         self.buffer.drain(..done);
         outcome.map_err(|(_, e)| e)
     }
-}
-
-/// Writes all of `bytes` at `offset`, or says how many were written before the error.
-fn write_all(file: &dyn SpoolFile, bytes: &[u8], offset: u64) -> std::result::Result<(), (usize, io::Error)> {
-    let mut done = 0;
-    while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
-        match file.write_at(rest, offset + done as u64) {
-            Ok(0) => return Err((done, io::Error::from_raw_os_error(libc::ENOSPC))),
-            Ok(n) => done += n,
-            Err(e) if e.kind() == ErrorKind::Interrupted => {}
-            Err(e) => return Err((done, e)),
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

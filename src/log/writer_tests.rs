@@ -4,30 +4,47 @@ use super::super::Frames;
 use super::super::reader::{FrameReader, ReaderLimits};
 use super::super::testing::{env, noise, volume};
 use super::*;
+use crate::disk::{Disk, SystemDisk};
 use parking_lot::Mutex;
 
 /// A disk with room for so many bytes per file, and whose sync may fail.
 struct SmallDisk {
-    file: File,
+    file: Arc<dyn DiskFile>,
     room: Arc<Mutex<u64>>,
     broken: Arc<Mutex<bool>>,
 }
 
-impl SpoolFile for SmallDisk {
+impl DiskFile for SmallDisk {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
         let fits = self.room.lock().saturating_sub(offset).min(bytes.len() as u64) as usize;
         if fits == 0 {
             return Err(io::Error::from_raw_os_error(libc::ENOSPC));
         }
-        FileExt::write_at(&self.file, &bytes[..fits], offset)
+        self.file.write_at(&bytes[..fits], offset)
     }
 
-    fn sync_data(&self) -> io::Result<()> {
-        if *self.broken.lock() { Err(io::Error::from_raw_os_error(libc::EIO)) } else { self.file.sync_data() }
+    fn sync(&self) -> io::Result<()> {
+        if *self.broken.lock() { Err(io::Error::from_raw_os_error(libc::EIO)) } else { self.file.sync() }
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.file.set_len(len)
+    }
+
+    fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.file.read_at(into, offset)
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        self.file.size()
+    }
+
+    fn punch(&self, range: std::ops::Range<u64>) -> io::Result<()> {
+        self.file.punch(range)
+    }
+
+    fn data_ranges(&self) -> io::Result<Vec<std::ops::Range<u64>>> {
+        self.file.data_ranges()
     }
 }
 
@@ -47,7 +64,7 @@ fn setup() -> Setup {
     let (room2, broken2) = (room.clone(), broken.clone());
     let writer = LogWriter::new(dir.clone(), volume(), env(1), Epoch(1), None, Seq(1), CommitNo(0))
         .with_create(Box::new(move |path| {
-            let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
+            let file = SystemDisk.open(path, Mode::CreateNew)?;
             Ok(Arc::new(SmallDisk { file, room: room2.clone(), broken: broken2.clone() }))
         }));
     let limits = ReaderLimits { frame_cache_bytes: 0, disk_cache_bytes: 1 << 20, open_files: 4 };
@@ -80,7 +97,7 @@ fn frames_can_be_read_while_the_segment_is_open_and_after() {
     assert!(noise == (3 << 20) + FRAME_OVERHEAD && same < 20_000, "{noise} {same}");
     s.writer.append_commit(CommitNo(1), time(1), &[]).unwrap();
     let closed = s.writer.close().unwrap().unwrap();
-    assert_eq!(std::fs::metadata(&closed.path).unwrap().len(), closed.len);
+    assert_eq!(std::fs::metadata(&closed.file.path).unwrap().len(), closed.len);
     assert_eq!((closed.head.seq, closed.last_commit), (Seq(1), CommitNo(1)));
     assert_eq!((s.writer.last_closed(), s.writer.close().unwrap()), (Some(closed.head), None));
     check(&s.reader);

@@ -2,12 +2,15 @@
 //! Invariant: the remote log is a prefix of the local one, and nobody is told that a commit is durable before it is.
 
 pub mod durable;
+mod io;
 pub mod listing;
 mod opening;
 pub mod uploader;
 pub mod volume;
 
 pub use opening::Version;
+
+pub use io::Io;
 
 pub use durable::{Durable, Position, Protection, Snapshot, WaitError};
 pub use uploader::{Upload, UploadMetrics, Uploader};

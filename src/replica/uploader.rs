@@ -323,7 +323,7 @@ impl Shared {
     async fn attempt(&self, name: &str, segment: &ClosedSegment) -> Result<(), Failure> {
         // Looked at before each attempt: what is in the spool now must be the segment that was closed.
         spool_tail(name, segment, 0).await?;
-        match self.store.put_file(name, &segment.path).await {
+        match self.store.put_file(name, &segment.file).await {
             Ok(()) => Ok(()),
             Err(StoreError::AlreadyExists { .. }) => self.compare(name, segment).await,
             Err(error) => Err(failure(error)),
@@ -358,7 +358,8 @@ impl Shared {
                 }
             }
         }
-        let dir = segment.path.parent().unwrap_or(&segment.path).display();
+        let path = &segment.file.path;
+        let dir = path.parent().unwrap_or(path).display();
         Err(Failure::Fenced(format!(
             "FENCED: {name} in {} is another writer's, so this host no longer owns the volume. Nothing more is sent; \
              what was not sent is kept in {dir}",
@@ -369,9 +370,9 @@ impl Shared {
 
 /// The last `len` bytes of the segment in the spool, if it is as long as it was when it was closed.
 async fn spool_tail(name: &str, segment: &ClosedSegment, len: u64) -> Result<Bytes, Failure> {
-    let (tail, size) = file_suffix(name, &segment.path, len).await.map_err(failure)?;
+    let (tail, size) = file_suffix(name, &segment.file, len).await.map_err(failure)?;
     if size != segment.len {
-        let shown = segment.path.display();
+        let shown = segment.file.path.display();
         let message = format!("{shown} has {size} bytes instead of {}; it is not sent", segment.len);
         return Err(Failure::Stuck(message));
     }

@@ -3,11 +3,12 @@
 //! store before anybody is told otherwise.
 
 use super::durable::{Durable, Position, Protection, WaitError};
+use super::io::Io;
 use super::opening::{self, Opened, Version};
 use super::uploader::{Upload, Uploader};
-use crate::clock::Env;
+use crate::clock::{Env, Thread};
 use crate::crypto::keyfile::{KeyFile, Role as KeyRole};
-use crate::fs::{Caller, CheckpointOutcome, Checkpointer, Committer, Fs, Settings, Shipping};
+use crate::fs::{CheckpointOutcome, Checkpointer, Committer, Fs, Settings, Shipping};
 use crate::log::reader::{FrameReader, ReaderLimits};
 use crate::log::recovery::Role;
 use crate::log::segment::VolumeContext;
@@ -24,7 +25,6 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
-use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::runtime::Handle;
 
@@ -56,8 +56,6 @@ pub struct OpenOptions {
     pub env: Env,
     /// Which version; a writer opens the newest.
     pub version: Version,
-    /// Refuse every change.
-    pub read_only: bool,
     /// What fsync waits for.
     pub protection: Protection,
     /// How long fsync waits for the store.
@@ -66,16 +64,10 @@ pub struct OpenOptions {
     pub disk_cache: u64,
     /// Bound on opened frames in memory, in bytes.
     pub frame_cache: usize,
-    /// Unwritten file bytes at which writers wait.
-    pub dirty_max: u64,
     /// Segments uploaded at once.
     pub uploads: usize,
-    /// Size the volume may reach, in bytes.
-    pub size_limit: Option<u64>,
-    /// Reading changes access times, see [`Settings::relatime`].
-    pub relatime: bool,
-    /// Owner of the root directory, when this is the first to open the volume.
-    pub root_owner: Caller,
+    /// How the file system behaves. The sizes of records, pages and segments are the volume's, whatever is said here.
+    pub settings: Settings,
 }
 
 /// An open volume.
@@ -91,26 +83,31 @@ pub struct Volume {
     /// Version shown, for a reader.
     pub opened: Option<(CommitNo, Timestamp)>,
     reader: Arc<FrameReader>,
-    runtime: Handle,
+    runtime: Io,
     /// What only a writer has.
     home: Option<Home>,
 }
 
 struct Home {
     shipper: Arc<Shipper>,
-    committer: Mutex<Option<JoinHandle<()>>>,
+    committer: Mutex<Option<Box<dyn Thread>>>,
 }
 
 impl Volume {
     /// Opens a volume: recovery, then the threads of a writer. Blocks; not to be called on the runtime.
     pub fn open(options: OpenOptions, runtime: &Handle) -> Result<Volume> {
+        Volume::open_on(options, &Io::on(runtime))
+    }
+
+    /// [`Volume::open`] on a runtime that may have to be driven.
+    pub fn open_on(options: OpenOptions, runtime: &Io) -> Result<Volume> {
         options
             .key
-            .require(if options.read_only { KeyRole::Reader } else { KeyRole::Writer })
+            .require(if options.settings.read_only { KeyRole::Reader } else { KeyRole::Writer })
             .map_err(|e| Error::Refused(e.to_string()))?;
-        let dir = Arc::new(StateDir::open(&options.state)?);
+        let dir = Arc::new(StateDir::open_on(options.env.disk.clone(), &options.state)?);
         let store = options.store.clone();
-        let role = if options.read_only { Role::Reader } else { Role::Writer };
+        let role = if options.settings.read_only { Role::Reader } else { Role::Writer };
         let reached = runtime.block_on(opening::reach(&*store, &dir, role))?;
         let (superblock, to_pin) = runtime.block_on(opening::superblock(reached, &dir, &options.key))?;
         let ctx = Arc::new(context(&options.key, &superblock)?);
@@ -131,17 +128,13 @@ impl Volume {
             record_size: u64::from(superblock.parameters.record_size),
             page_size: superblock.parameters.page_size as usize,
             segment_size: u64::from(superblock.parameters.segment_size),
-            dirty_max: options.dirty_max,
-            size_limit: options.size_limit,
-            read_only: options.read_only,
-            relatime: options.relatime,
-            root_owner: options.root_owner,
-            ..Settings::default()
+            ..options.settings
         };
         let shown = opened.time.map(|time| (opened.recovery.last_commit, time));
         let parts =
             Parts { options: &options, store: reached, dir: &dir, ctx, reader: &reader, runtime, settings };
-        let (fs, home) = if options.read_only { parts.reader(opened) } else { parts.writer(opened)? };
+        let (fs, home) =
+            if options.settings.read_only { parts.reader(opened) } else { parts.writer(opened)? };
         let runtime = runtime.clone();
         Ok(Volume { fs, superblock, dir, store, opened: shown, reader, runtime, home })
     }
@@ -196,7 +189,7 @@ impl Volume {
         let Some(committer) = home.committer.lock().take() else { return };
         home.shipper.closing.store(true, Ordering::Release);
         self.fs.stop_commits();
-        if committer.join().is_err() {
+        if !committer.join() {
             ::log::error!("the committer ended in a panic; what was not committed is lost");
         }
         let shipper = &home.shipper;
@@ -234,7 +227,7 @@ struct Parts<'a> {
     dir: &'a Arc<StateDir>,
     ctx: Arc<VolumeContext>,
     reader: &'a Arc<FrameReader>,
-    runtime: &'a Handle,
+    runtime: &'a Io,
     settings: Settings,
 }
 
@@ -268,7 +261,7 @@ impl Parts<'_> {
             Position { local: last_commit, remote, remote_head: sent.last().map(|segment| segment.head) };
         let (protection, sync_timeout) = (self.options.protection, self.options.sync_timeout);
         let durable = Arc::new(Durable::new(protection, sync_timeout, env.clone(), at));
-        durable.start_ticker(self.runtime);
+        durable.start_ticker(self.runtime.handle());
         let replay_seq = opened.replay_seq;
         let times = Times { newest: opened.time, remote: opened.time, recent: Default::default() };
         let shipper = Arc::new(Shipper {
@@ -291,8 +284,9 @@ impl Parts<'_> {
         if let Some((name, body, after)) = checkpoint {
             shipper.push(Upload::Checkpoint { name, body, after });
         }
+        let threads = env.threads.clone();
         let fs = Arc::new(Fs::new(self.settings, env, self.reader.clone(), opened.recovery));
-        watch_space(&fs, self.dir, self.runtime, self.options.dirty_max);
+        watch_space(&fs, self.dir, self.runtime, self.options.settings.dirty_max);
         let _ = shipper.fs.set(Arc::downgrade(&fs)); // set once, here
         let latched = Arc::downgrade(&fs);
         durable.on_fence(Box::new(move |reason| {
@@ -302,9 +296,8 @@ impl Parts<'_> {
         }));
         let checkpointer = Checkpointer::new(fs.clone(), log.clone(), shipper.clone(), replay_seq);
         let committer = Committer::new(fs.clone(), log, shipper.clone(), checkpointer, last_commit);
-        let thread = std::thread::Builder::new()
-            .name("committer".into())
-            .spawn(move || committer.run())
+        let thread = threads
+            .spawn("committer", Box::new(move || committer.run()))
             .map_err(Error::io("start the committer's thread"))?;
         fs.orphans().into_iter().for_each(|ino| free_orphan(&fs, ino, self.reader, self.runtime));
         Ok((fs, Some(Home { shipper, committer: Mutex::new(Some(thread)) })))
@@ -334,7 +327,7 @@ async fn orphans(opened: &Opened, reader: &FrameReader) -> Result<Vec<Ino>> {
 
 /// Frees an inode that was unlinked but open when home went down. If it cannot be freed now, it stays an orphan, and
 /// the next mount tries again.
-fn free_orphan(fs: &Fs, ino: Ino, reader: &FrameReader, runtime: &Handle) {
+fn free_orphan(fs: &Fs, ino: Ino, reader: &FrameReader, runtime: &Io) {
     loop {
         let error = match fs.release_orphan(ino) {
             Ok(()) => return,
@@ -372,7 +365,7 @@ async fn split_sent(store: Option<&dyn Store>, opened: &Opened) -> (Vec<ClosedSe
 }
 
 /// Keeps the file system told whether the spool's disk has room for what memory may still hold.
-fn watch_space(fs: &Arc<Fs>, dir: &Arc<StateDir>, runtime: &Handle, dirty_max: u64) {
+fn watch_space(fs: &Arc<Fs>, dir: &Arc<StateDir>, runtime: &Io, dirty_max: u64) {
     let (fs, dir) = (Arc::downgrade(fs), Arc::downgrade(dir)); // the task must not keep the volume open
     let reserve = 2 * dirty_max + (64 << 20);
     runtime.spawn(async move {
@@ -406,7 +399,7 @@ pub(super) struct Shipper {
     dir: Arc<StateDir>,
     ctx: Arc<VolumeContext>,
     env: Env,
-    runtime: Handle,
+    runtime: Io,
     reader: Arc<FrameReader>,
     durable: Arc<Durable>,
     uploader: Mutex<Option<Uploader>>,
@@ -432,7 +425,7 @@ impl Shipper {
         let this = Arc::downgrade(self);
         let busy = Box::new(move || this.upgrade().is_some_and(|this| this.busy()));
         let uploader = Uploader::start(
-            self.runtime.clone(),
+            self.runtime.handle().clone(),
             store,
             self.durable.clone(),
             self.env.clone(),
@@ -504,8 +497,7 @@ impl Shipper {
         let mut names = self.dir.checkpoints()?;
         names.sort();
         for name in names.iter().skip(LOCAL_CHECKPOINTS) {
-            let path = self.dir.root().join("checkpoint").join(name.trim_start_matches("checkpoint/"));
-            std::fs::remove_file(&path).map_err(Error::io(format!("remove {}", path.display())))?;
+            self.dir.remove(name)?;
         }
         Ok(())
     }
@@ -548,7 +540,8 @@ impl Shipping for Shipper {
         if self.closing.load(Ordering::Acquire) {
             return false;
         }
-        self.runtime.block_on(tokio::time::sleep(PAUSE));
+        self.runtime.block_on(async { tokio::time::sleep(PAUSE).await });
+        self.env.threads.turn();
         true
     }
 

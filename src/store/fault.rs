@@ -3,11 +3,11 @@
 //! done, so that a run against it must still end in a state that the contract allows.
 
 use super::{ObjectInfo, Store, StoreError};
+use crate::disk::FileRef;
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
 use parking_lot::Mutex;
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -126,9 +126,9 @@ impl Store for FaultStore {
             .boxed()
     }
 
-    fn put_file(&self, name: &str, path: &Path) -> BoxFuture<'_, Result<(), StoreError>> {
-        let (name, path) = (name.to_owned(), path.to_owned());
-        async move { self.through(&name, async { self.inner.put_file(&name, &path).await }.boxed()).await }
+    fn put_file(&self, name: &str, file: &FileRef) -> BoxFuture<'_, Result<(), StoreError>> {
+        let (name, file) = (name.to_owned(), file.clone());
+        async move { self.through(&name, async { self.inner.put_file(&name, &file).await }.boxed()).await }
             .boxed()
     }
 

@@ -4,6 +4,7 @@
 //! Nothing is answered from, and nothing put into, what shows under the directory's path while its share is away.
 
 use super::{ObjectInfo, Store, StoreError, check_name, check_range, direct, unreadable};
+use crate::disk::FileRef;
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
 use parking_lot::Mutex;
@@ -288,15 +289,15 @@ impl Shared {
     }
 
     /// The kernel copies the file, so that its contents are in nobody's memory (but the page cache).
-    fn put_file(&self, name: &str, path: &Path) -> Result<(), StoreError> {
+    fn put_file(&self, name: &str, from: &FileRef) -> Result<(), StoreError> {
         check_name(name)?;
-        let opened = File::open(path).and_then(|file| file.metadata().map(|meta| (file, meta.len())));
-        let (source, size) = opened.map_err(|e| unreadable(name, path, &e))?;
+        let opened = File::open(&from.path).and_then(|file| file.metadata().map(|meta| (file, meta.len())));
+        let (source, size) = opened.map_err(|e| unreadable(name, from, &e))?;
         self.put(name, |file| match direct::copy(&source, file)? {
             copied if copied == size => Ok(()),
             copied => {
                 let error = io::Error::other(format!("{copied} bytes of {size} were copied"));
-                Err(Unfilled::Source(unreadable(name, path, &error)))
+                Err(Unfilled::Source(unreadable(name, from, &error)))
             }
         })
     }
@@ -437,9 +438,9 @@ impl Store for LocalStore {
         self.run(name, access_of(name), move |shared, name| shared.put_new(name, &body))
     }
 
-    fn put_file(&self, name: &str, path: &Path) -> BoxFuture<'_, Result<(), StoreError>> {
-        let path = path.to_owned();
-        self.run(name, access_of(name), move |shared, name| shared.put_file(name, &path))
+    fn put_file(&self, name: &str, file: &FileRef) -> BoxFuture<'_, Result<(), StoreError>> {
+        let file = file.clone();
+        self.run(name, access_of(name), move |shared, name| shared.put_file(name, &file))
     }
 
     fn get_range(&self, name: &str, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, StoreError>> {
@@ -520,8 +521,8 @@ mod tests {
         drop(store);
         let store = LocalStore::existing(&root);
         assert_eq!(store.list("", None, 9).await.unwrap().len(), 1);
-        let source = dir.path().join("segment");
-        fs::write(&source, "x").unwrap();
+        let source = FileRef::system(&dir.path().join("segment"));
+        fs::write(&source.path, "x").unwrap();
 
         fs::rename(&root, &aside).unwrap();
         is_away(&store, "share/store is not there").await;

@@ -11,12 +11,10 @@ pub mod retry;
 
 pub use open::{open, open_existing};
 
+use crate::disk::FileRef;
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
-use std::path::Path;
 use std::time::Duration;
 
 /// The slowest link, for each of the requests that share it, on which a body still gets through.
@@ -138,32 +136,22 @@ pub async fn reachable(store: &dyn Store, limit: Duration) -> Result<(), StoreEr
 
 /// The last `len` bytes of the file to be put as `name` (all of it when it is shorter), and its size in bytes: what
 /// [`Store::get_suffix`] answers when the object is that file.
-pub(crate) async fn file_suffix(name: &str, path: &Path, len: u64) -> Result<(Bytes, u64), StoreError> {
-    let path = path.to_owned();
-    let task = tokio::task::spawn_blocking(move || {
-        let read = || {
-            let mut file = File::open(&path)?;
-            let size = file.metadata()?.len();
-            file.seek(SeekFrom::Start(size.saturating_sub(len)))?;
-            let mut data = Vec::with_capacity(len.min(size) as usize);
-            file.take(len).read_to_end(&mut data)?;
-            if data.len() as u64 != len.min(size) {
-                return Err(std::io::ErrorKind::UnexpectedEof.into());
-            }
-            Ok((Bytes::from(data), size))
-        };
-        read().map_err(|error| (path, error))
-    });
-    match task.await {
-        Ok(Ok(found)) => Ok(found),
-        Ok(Err((path, error))) => Err(unreadable(name, &path, &error)),
-        Err(error) => Err(StoreError::unavailable(name, error)),
-    }
+pub(crate) async fn file_suffix(name: &str, file: &FileRef, len: u64) -> Result<(Bytes, u64), StoreError> {
+    let read = {
+        let file = file.clone();
+        move || file.suffix(len)
+    };
+    let found = match file.disk.blocks() {
+        true => tokio::task::spawn_blocking(read).await.map_err(|e| StoreError::unavailable(name, e))?,
+        false => read(),
+    };
+    let (tail, size) = found.map_err(|error| unreadable(name, file, &error))?;
+    Ok((tail.into(), size))
 }
 
 /// The file to be put cannot be read: nothing the store can mend.
-pub(crate) fn unreadable(name: &str, path: &Path, error: &std::io::Error) -> StoreError {
-    StoreError::denied(name, format!("cannot read {} to send it: {error}", path.display()))
+pub(crate) fn unreadable(name: &str, file: &FileRef, error: &std::io::Error) -> StoreError {
+    StoreError::denied(name, format!("cannot read {} to send it: {error}", file.path.display()))
 }
 
 /// Name and size of an object.
@@ -183,12 +171,12 @@ pub trait Store: Send + Sync {
     /// Creates `name` with `body` if no object has that name; durable in the store when it returns `Ok`.
     /// Never overwrites, also when two race: exactly one wins, the other gets `AlreadyExists`.
     fn put_new(&self, name: &str, body: Bytes) -> BoxFuture<'_, Result<(), StoreError>>;
-    /// [`Store::put_new`] with the contents of the file at `path`, which nobody changes meanwhile. `Denied` when it
+    /// [`Store::put_new`] with the contents of `file`, which nobody changes meanwhile. `Denied` when it
     /// cannot be read. This default holds the contents in memory; a store that can do without does.
-    fn put_file(&self, name: &str, path: &Path) -> BoxFuture<'_, Result<(), StoreError>> {
-        let (name, path) = (name.to_owned(), path.to_owned());
+    fn put_file(&self, name: &str, file: &FileRef) -> BoxFuture<'_, Result<(), StoreError>> {
+        let (name, file) = (name.to_owned(), file.clone());
         async move {
-            let (body, _) = file_suffix(&name, &path, u64::MAX).await?;
+            let (body, _) = file_suffix(&name, &file, u64::MAX).await?;
             self.put_new(&name, body).await
         }
         .boxed()

@@ -5,10 +5,10 @@
 
 use super::{ObjectInfo, Store, StoreError, file_suffix, listing_bytes, transfer_time};
 use crate::clock::Env;
+use crate::disk::FileRef;
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -73,14 +73,14 @@ impl Backoff {
 /// What a put puts.
 enum Source {
     Bytes(Bytes),
-    File(PathBuf),
+    File(FileRef),
 }
 
 impl Source {
     fn put<'a>(&self, store: &'a dyn Store, name: &str) -> BoxFuture<'a, Result<(), StoreError>> {
         match self {
             Source::Bytes(body) => store.put_new(name, body.clone()),
-            Source::File(path) => store.put_file(name, path),
+            Source::File(file) => store.put_file(name, file),
         }
     }
 
@@ -88,7 +88,7 @@ impl Source {
     async fn is_there(&self, store: &dyn Store, name: &str) -> Result<bool, StoreError> {
         let (ours, len) = match self {
             Source::Bytes(body) => (body.clone(), body.len() as u64),
-            Source::File(path) => file_suffix(name, path, COMPARE_WHOLE_MAX).await?,
+            Source::File(file) => file_suffix(name, file, COMPARE_WHOLE_MAX).await?,
         };
         let compared = if len <= COMPARE_WHOLE_MAX { len } else { COMPARE_SUFFIX };
         let (tail, size) = store.get_suffix(name, compared.max(1)).await?;
@@ -213,8 +213,8 @@ impl Store for RetryStore {
         async move { self.put(&name, Source::Bytes(body)).await }.boxed()
     }
 
-    fn put_file(&self, name: &str, path: &Path) -> BoxFuture<'_, Result<(), StoreError>> {
-        let (name, source) = (name.to_owned(), Source::File(path.to_owned()));
+    fn put_file(&self, name: &str, file: &FileRef) -> BoxFuture<'_, Result<(), StoreError>> {
+        let (name, source) = (name.to_owned(), Source::File(file.clone()));
         async move { self.put(&name, source).await }.boxed()
     }
 
@@ -324,17 +324,17 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_file_whose_answer_was_lost_is_known_as_ours_and_anothers_is_not() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("segment");
+        let file = FileRef::system(&dir.path().join("segment"));
         let (_, fault, retry) = faulty(Faults { lost_answers: 600, ..Faults::default() });
         for n in 0..30 {
-            std::fs::write(&path, vec![n; usize::from(n) * 5000]).unwrap();
-            retry.put_file(&format!("log/{n:04}"), &path).await.unwrap();
+            std::fs::write(&file.path, vec![n; usize::from(n) * 5000]).unwrap();
+            retry.put_file(&format!("log/{n:04}"), &file).await.unwrap();
         }
         assert!(fault.injected() > 10);
         let (memory, _, retry) = faulty(Faults { lost_answers: 500, ..Faults::default() });
         memory.put_new("log/1", Bytes::from(vec![9; 29 * 5000])).await.unwrap();
         for _ in 0..20 {
-            let answer = retry.put_file("log/1", &path).await;
+            let answer = retry.put_file("log/1", &file).await;
             assert!(!matches!(answer, Ok(())), "{answer:?}");
         }
     }

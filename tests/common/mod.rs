@@ -3,7 +3,7 @@
 use embassyfs::clock::Env;
 use embassyfs::crypto::keyfile::KeyFile;
 use embassyfs::crypto::slots::Argon2Params;
-use embassyfs::fs::{self, Caller, Fs, NewNode};
+use embassyfs::fs::{self, Caller, Fs, NewNode, Settings};
 use embassyfs::log::volume::Parameters;
 use embassyfs::ops::init::{InitParams, READER_KEY, WRITER_KEY, init};
 use embassyfs::replica::Version;
@@ -57,16 +57,12 @@ impl World {
             state: self.state(state),
             env: Env::system(),
             version: Version::Newest,
-            read_only: false,
             protection: Protection::Local,
             sync_timeout: Duration::from_secs(10),
             disk_cache: 64 << 20,
             frame_cache: 8 << 20,
-            dirty_max: 16 << 20,
             uploads: 4,
-            size_limit: None,
-            relatime: false,
-            root_owner: ROOT_USER,
+            settings: Settings { dirty_max: 16 << 20, ..Settings::default() },
         }
     }
 
@@ -80,7 +76,9 @@ impl World {
 
     pub fn embassy(&self, state: &str, version: Version) -> embassyfs::log::Result<Volume> {
         let key = self.key(READER_KEY);
-        let options = OpenOptions { key, read_only: true, version, ..self.options(state) };
+        let options = self.options(state);
+        let settings = Settings { read_only: true, ..options.settings };
+        let options = OpenOptions { key, version, settings, ..options };
         Volume::open(options, self.runtime.handle())
     }
 

@@ -4,13 +4,13 @@
 
 use super::common::World;
 use embassyfs::clock::{Clock, Env};
-use embassyfs::fs::{self, Fs};
+use embassyfs::fs::{self, Fs, Settings};
 use embassyfs::log::volume::Parameters;
 use embassyfs::replica::Version;
 use embassyfs::replica::volume::{OpenOptions, Volume};
 use embassyfs::store::fault::{FaultStore, Faults};
 use embassyfs::store::local::LocalStore;
-use embassyfs::types::{CommitNo, Timestamp};
+use embassyfs::types::{CommitNo, Ino, Timestamp};
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -85,14 +85,10 @@ impl Host {
     }
 
     fn options(&self, state: &str) -> OpenOptions {
-        let env = Env { clock: self.clock.clone(), random: Env::system().random };
-        OpenOptions {
-            env,
-            store: self.link.clone(),
-            dirty_max: self.sizes.dirty_max,
-            disk_cache: self.sizes.disk_cache,
-            ..self.world.options(state)
-        }
+        let env = Env { clock: self.clock.clone(), ..Env::system() };
+        let options = self.world.options(state);
+        let settings = Settings { dirty_max: self.sizes.dirty_max, ..options.settings };
+        OpenOptions { env, store: self.link.clone(), disk_cache: self.sizes.disk_cache, settings, ..options }
     }
 
     /// Opens home over its state directory.
@@ -132,8 +128,8 @@ impl Host {
         self.home().fs.sync_point().0
     }
 
-    /// Asks for a commit; with `wait` until it is durable here.
-    pub fn commit(&self, wait: bool) {
+    /// Asks for a commit; with `wait` until it is durable here. True if it was waited for.
+    pub fn commit(&self, wait: bool) -> bool {
         let home = self.home();
         let commit = home.fs.sync_point();
         home.fs.request_commit(commit, false);
@@ -142,6 +138,7 @@ impl Host {
             home.durable().unwrap().wait(commit, Box::new(move |answer| drop(sender.send(answer))));
             receiver.recv_timeout(Duration::from_secs(60)).unwrap().unwrap();
         }
+        wait
     }
 
     /// Returns when the store holds everything.
@@ -194,13 +191,20 @@ impl Host {
             "embassy".into()
         };
         let key = self.world.key(embassyfs::ops::init::READER_KEY);
-        let options = OpenOptions { key, read_only: true, version, ..self.options(&state) };
+        let options = self.options(&state);
+        let settings = Settings { read_only: true, ..options.settings };
+        let options = OpenOptions { key, version, settings, ..options };
         Volume::open(options, self.world.runtime.handle())
     }
 
     /// Newest commit that the store is known to hold.
     pub fn shipped(&self) -> CommitNo {
         self.home().durable().unwrap().snapshot().remote
+    }
+
+    /// Inodes without names that could not be freed at the opening; none, for here the store always answers.
+    pub fn not_freed(&self) -> Vec<Ino> {
+        Vec::new()
     }
 
     /// Newest commit that is durable here.

@@ -129,10 +129,10 @@ impl Model {
         self.nodes.keys().copied().filter(|ino| named.binary_search(ino).is_err()).collect()
     }
 
-    /// The process is gone and comes again: nobody holds anything, so what has no name is freed.
-    pub fn restart(&mut self) {
+    /// The process is gone and comes again: nobody holds anything, so what has no name is freed, but for `kept`.
+    pub fn restart(&mut self, kept: &[Ino]) {
         self.held.clear();
-        for ino in self.orphans() {
+        for ino in self.orphans().into_iter().filter(|ino| !kept.contains(ino)) {
             self.nodes.remove(&ino);
         }
     }

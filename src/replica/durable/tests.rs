@@ -3,7 +3,6 @@
 use super::*;
 use crate::clock::{Clock, Random};
 use crate::types::{Hash, Seq, Timestamp};
-use std::path::PathBuf;
 
 const TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -38,7 +37,7 @@ struct Rig {
 impl Rig {
     fn new(protection: Protection) -> Rig {
         let clock = Arc::new(Hand::default());
-        let env = Env { clock: clock.clone(), random: Arc::new(Zeros) };
+        let env = Env { clock: clock.clone(), random: Arc::new(Zeros), ..Env::system() };
         let durable = Arc::new(Durable::new(protection, TIMEOUT, env, Position::default()));
         Rig { durable, clock, answers: Arc::default() }
     }
@@ -78,7 +77,7 @@ impl Rig {
 
 fn segment(n: u64) -> ClosedSegment {
     ClosedSegment {
-        path: PathBuf::from("x"),
+        file: crate::disk::FileRef::system("x".as_ref()),
         len: 100,
         head: Head { seq: Seq(n), hash: Hash::default() },
         last_commit: CommitNo(n),

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::clock::Clock;
+use crate::disk::FileRef;
 use crate::replica::durable::{Position, Protection, WaitError};
 use crate::store::fault::{FaultStore, Faults};
 use crate::store::memory::MemoryStore;
@@ -36,7 +37,7 @@ impl Rig {
     fn new(protection: Protection) -> Rig {
         let memory = Arc::new(MemoryStore::new());
         let fault = Arc::new(FaultStore::new(memory.clone(), 11, Faults::default()));
-        let env = Env { clock: Arc::new(TokioClock(Instant::now())), random: Env::system().random };
+        let env = Env { clock: Arc::new(TokioClock(Instant::now())), ..Env::system() };
         let durable =
             Arc::new(Durable::new(protection, Duration::from_secs(3), env.clone(), Position::default()));
         durable.start_ticker(&tokio::runtime::Handle::current());
@@ -56,7 +57,7 @@ impl Rig {
         std::fs::write(&path, &body).unwrap();
         let head = Head { seq: Seq(n), hash: Hash::default() };
         ClosedSegment {
-            path,
+            file: FileRef::system(&path),
             len: body.len() as u64,
             head,
             last_commit: CommitNo(n * 10),
@@ -155,7 +156,7 @@ async fn lost_requests_and_answers_delay_but_lose_and_repeat_nothing() {
     assert!(uploader.metrics().failures > 5);
     for n in 1..=40 {
         let (body, _) = rig.memory.get_suffix(&format!("log/{}", Seq(n)), u64::MAX).await.unwrap();
-        assert_eq!(body, std::fs::read(rig.segment(n).path).unwrap());
+        assert_eq!(body, std::fs::read(rig.segment(n).file.path).unwrap());
     }
 }
 
@@ -188,7 +189,7 @@ async fn a_foreign_segment_fences_for_good_and_keeps_the_files() {
 async fn what_an_earlier_run_sent_is_known_as_ours() {
     let rig = Rig::new(Protection::Strict);
     let segment = rig.segment(1);
-    let body = std::fs::read(&segment.path).unwrap();
+    let body = std::fs::read(&segment.file.path).unwrap();
     rig.memory.put_new(&format!("log/{}", Seq(1)), body.into()).await.unwrap();
     let uploader = rig.start(rig.fault.clone());
     rig.push(&uploader, 1);
@@ -259,13 +260,13 @@ async fn a_missing_spool_file_is_said_and_tried_again() {
     let rig = Rig::new(Protection::Local);
     let uploader = rig.start(rig.fault.clone());
     let segment = rig.segment(1);
-    let aside = segment.path.with_extension("aside");
-    std::fs::rename(&segment.path, &aside).unwrap();
+    let aside = segment.file.path.with_extension("aside");
+    std::fs::rename(&segment.file.path, &aside).unwrap();
     uploader.push(Upload::Segment(segment.clone()));
     while rig.durable.snapshot().last_error.is_none() {
         sleep(Duration::from_millis(1)).await;
     }
-    std::fs::rename(&aside, &segment.path).unwrap();
+    std::fs::rename(&aside, &segment.file.path).unwrap();
     until_idle(&uploader).await;
     assert_eq!(*rig.sent.lock(), [1]);
 }
