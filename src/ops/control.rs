@@ -144,6 +144,31 @@ struct State {
     connections: usize,
     /// Set when the volume is closed; those who wait for the end get it.
     last: Option<Status>,
+    /// Clients that unmount and have not heard yet how it ended.
+    leaving: usize,
+}
+
+/// A client's place among those that wait for the end; given back when it has heard, or is gone.
+struct Leaving<'a> {
+    shared: &'a Shared,
+    counted: bool,
+}
+
+impl Leaving<'_> {
+    fn set(&mut self, leaving: bool) {
+        if self.counted != leaving {
+            self.counted = leaving;
+            let mut state = self.shared.lock();
+            state.leaving = if leaving { state.leaving + 1 } else { state.leaving - 1 };
+            self.shared.changed.notify_all();
+        }
+    }
+}
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.set(false);
+    }
 }
 
 impl Shared {
@@ -173,13 +198,13 @@ impl Server {
         Ok(Server { path: path.into(), inode, shared })
     }
 
-    /// Tells those who wait for the end how it ended, and waits a moment until all clients have hung up: one that
-    /// unmounts asks only when the mount is gone, and by then the volume may be closed already.
+    /// Tells those who wait for the end how it ended, and waits a moment until they have heard it. Who has begun an
+    /// unmount counts among them from the beginning: it asks when the mount is gone, and by then the volume may be closed.
     pub fn finish(self, last: Status) {
         let mut state = self.shared.lock();
         state.last = Some(last);
         self.shared.changed.notify_all();
-        let waited = self.shared.changed.wait_timeout_while(state, IO_WAIT, |s| s.connections > 0);
+        let waited = self.shared.changed.wait_timeout_while(state, IO_WAIT, |s| s.leaving > 0);
         drop(waited);
     }
 }
@@ -233,7 +258,6 @@ fn accept_loop(listener: &UnixListener, shared: &Arc<Shared>) {
                 ::log::debug!("control channel: {e}");
             }
             for_thread.lock().connections -= 1;
-            for_thread.changed.notify_all();
         });
         if spawned.is_err() {
             shared.lock().connections -= 1;
@@ -258,13 +282,23 @@ fn serve(stream: &UnixStream, shared: &Arc<Shared>) -> io::Result<()> {
     stream.set_read_timeout(Some(IO_WAIT))?;
     let mut reader = BufReader::new(stream.take(LINE_BYTES_MAX));
     let mut line = String::new();
+    let mut leaving = Leaving { shared, counted: false };
     while {
         line.clear();
         reader.read_line(&mut line)?
     } > 0
     {
         match serde_json::from_str::<Request>(&line) {
-            Ok(request) => send(stream, &answer(stream, shared, request)?)?,
+            Ok(request) => {
+                if matches!(request, Request::Shutdown { .. } | Request::Farewell { .. }) {
+                    leaving.set(true);
+                }
+                let farewell = matches!(request, Request::Farewell { .. });
+                send(stream, &answer(stream, shared, request)?)?;
+                if farewell {
+                    leaving.set(false);
+                }
+            }
             Err(e) => {
                 let message = format!("not a request this daemon knows: {e}");
                 return send(stream, &Reply::Error { message, status: None });

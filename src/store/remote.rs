@@ -14,7 +14,8 @@ use std::future::Future;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
+use tokio::time::timeout_at;
 
 /// How long a request may take; [`transfer_time`] is added for its body.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);

@@ -39,7 +39,7 @@ def program():
 
 def say(text):
     """One line of the case's story."""
-    print(f"    {text}", flush=True)
+    print(f"    {text}\n", end="", flush=True)  # in one piece: scenes run side by side
 
 
 def check(holds, claim, detail=""):

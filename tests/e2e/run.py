@@ -35,7 +35,7 @@ CASES = {
     "no_plaintext": (180, [None]),
     "at_version": (180, [None]),
     "tamper": (600, ["store", "local"]),
-    "link": (240, ["strict", "available", "local", "reads", "drain", "read_only_store"]),
+    "link": (240, ["strict", "available", "local", "reads", "drain"]),
     "real_input": (900, ["file", "s3"]),
     "applications": (300, ["postgresql", "sqlite", "git", "rsync", "tar", "rust_build", "append_log"]),
     "pjdfstest": (300, [None]),

@@ -16,7 +16,7 @@ from harness import MIB, Failed, Volume, check, program, run, s3_environment, s3
 from load import Load, read_tree
 from proxy import Proxy
 
-DISK = 260 * MIB
+DISK = 200 * MIB
 # The volume keeps twice this and 64 MiB free.
 DIRTY = 8 * MIB
 RESERVE = 2 * DIRTY + 64 * MIB
