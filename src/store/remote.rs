@@ -81,12 +81,7 @@ impl RemoteStore {
 
     /// Gets `range` (or all) of an object; the answer is what the store sent and the object's size. Given up as soon as
     /// it is silent for too long, or slower than the slowest of links, however much was asked for.
-    async fn get(
-        &self,
-        name: &str,
-        path: &Path,
-        range: Option<GetRange>,
-    ) -> Result<(Bytes, u64), GetError> {
+    async fn get(&self, name: &str, path: &Path, range: Option<GetRange>) -> Result<(Bytes, u64), GetError> {
         let begin = Instant::now();
         let late = |_| GetError::Store(StoreError::unavailable(name, "the answer stays away"));
         let failed = |error: Error| match status(&error) {
@@ -402,7 +397,10 @@ mod tests {
         assert!(silent.get_range("log/1", 0..len).await.unwrap_err().is_transient());
         assert!(begin.elapsed() <= SILENCE_MAX, "{:?}", begin.elapsed());
         // Its first byte comes in time, then nothing does.
-        let stuck = store(ThrottleConfig { wait_get_per_byte: Duration::from_secs(600), ..ThrottleConfig::default() });
+        let stuck = store(ThrottleConfig {
+            wait_get_per_byte: Duration::from_secs(600),
+            ..ThrottleConfig::default()
+        });
         stuck.put_new("log/1", body.clone()).await.expect("put");
         let begin = Instant::now();
         assert!(stuck.get_range("log/1", 0..len).await.unwrap_err().is_transient());
