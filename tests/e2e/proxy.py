@@ -46,7 +46,8 @@ class Link:
     def obey(self, order):
         """Changes what is said; open connections are reset unless they go on in the new mode."""
         if "mode" in order:
-            keep = order["mode"] in ("hang", "trickle") or order.get("open") == "resume"
+            # A put that is cut off may have taken effect; where puts are to be left alone, nothing is cut off.
+            keep = order["mode"] in ("hang", "trickle", "wrong", "lost") or order.get("open") == "resume"
             self.mode = order["mode"]
             self.delay, self.rate = order.get("delay", 0.0), order.get("rate")
             self.free = {"up": 0.0, "down": 0.0}
@@ -89,7 +90,7 @@ class Link:
         except (OSError, ValueError):
             pass
         for end in ends:
-            if orderly and end in self.open:
+            if orderly or end.is_closing():
                 self.open.discard(end)
                 end.close()  # what is in its buffer still goes out
             else:
@@ -129,6 +130,8 @@ class Link:
             sink.write(piece)
             self.count[way] += len(piece)
             await sink.drain()
+            if way == "down" and self.mode in LOOKS:
+                return sink.close()  # the next request comes on a connection that is looked at
 
     async def look(self, reader, writer):
         """Requests one at a time, each answered as the mode says. Gives whether the last answer may arrive whole."""
