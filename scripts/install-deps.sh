@@ -11,7 +11,7 @@ case $purpose in
     demo) wanted="$wanted git:git" ;;
     test)
         wanted="$wanted c++:g++ git:git python3:python3 rsync:rsync setfacl:acl setcap:libcap2-bin"
-        wanted="$wanted postgres:postgresql stress-ng:stress-ng dbench:dbench fio:fio"
+        wanted="$wanted postgres:postgresql stress-ng:stress-ng dbench:dbench fio:fio mkfs.ext4:e2fsprogs losetup:mount"
         ;;
     bench) wanted="$wanted git:git python3:python3 gocryptfs:gocryptfs postgres:postgresql" ;;
     *) fail "usage: install-deps.sh [demo|test|bench]" ;;

@@ -1,24 +1,43 @@
 //! Which byte ranges of which segments are cached on this host's disk, and when they were last used. The working
 //! copy is in memory; `sled` keeps it over restarts, written in batches.
 //! Invariant: the ranges of a segment are sorted, apart and not empty. The database holds hints only: if it is
-//! lost, damaged or cannot be written, caching goes on in memory and the cached files are fetched again.
+//! lost, damaged or cannot be written, caching goes on in memory and the cached files are fetched again. Only a thread
+//! of its own touches it while it is in use, for after an I/O error `sled` waits for ever: nobody else waits for it
+//! without a bound.
 
 use crate::types::Seq;
 use parking_lot::Mutex;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::time::Duration;
 
 /// Changes are written to the database when this many segments have some.
 const BATCH: usize = 256;
 const SLED_CACHE_BYTES: u64 = 8 << 20;
 const SLED_FLUSH_MS: u64 = 5_000;
+/// Batches on their way to the database; what does not fit is written with a later one.
+const BATCHES_MAX: usize = 64;
+/// How long the database is waited for; once it has let that pass, not any more.
+const FLUSH_MAX: Duration = Duration::from_secs(5);
 const VERSION: u8 = 1;
 
 /// The index of cached ranges.
 pub struct Ranges {
-    db: Option<sled::Db>,
+    /// Orders to the thread that has the database, if there is one.
+    db: Option<SyncSender<Order>>,
+    stuck: AtomicBool,
     inner: Mutex<Inner>,
+}
+
+enum Order {
+    Write(sled::Batch),
+    /// Wait for the disk, then answer.
+    Flush(SyncSender<()>),
+    /// Close the database, then answer.
+    Close(SyncSender<()>),
 }
 
 #[derive(Default)]
@@ -60,7 +79,7 @@ impl Ranges {
                 inner.segments.insert(Seq(u64::from_be_bytes(key)), cached);
             }
         }
-        Ranges { db, inner: Mutex::new(inner) }
+        Ranges { db: db.and_then(start), stuck: AtomicBool::new(false), inner: Mutex::new(inner) }
     }
 
     /// True when all of `range` of the segment is cached.
@@ -128,17 +147,25 @@ impl Ranges {
         all.into_iter().map(|(_, seq)| seq).collect()
     }
 
-    /// Writes what changed to the database.
+    /// Writes what changed to the database, without waiting for it.
     pub fn flush(&self) {
         let mut inner = self.inner.lock();
         self.write(&mut inner);
     }
 
-    /// Writes what changed and waits for the disk.
+    /// Writes what changed and waits for the disk, within a bound.
     pub fn flush_to_disk(&self) {
         self.flush();
-        if let Some(Err(e)) = self.db.as_ref().map(|db| db.flush()) {
-            ::log::warn!("the index of the cache was not flushed: {e}");
+        self.order(Order::Flush);
+    }
+
+    /// Gives the order and waits a while until it is done.
+    fn order(&self, order: impl FnOnce(SyncSender<()>) -> Order) {
+        let Some(db) = &self.db else { return };
+        let (done, wait) = sync_channel(1);
+        let given = !self.stuck.load(Ordering::Relaxed) && db.try_send(order(done)).is_ok();
+        if (!given || wait.recv_timeout(FLUSH_MAX).is_err()) && !self.stuck.swap(true, Ordering::Relaxed) {
+            ::log::warn!("the index of the cache is not on the disk: its database does not answer");
         }
     }
 
@@ -150,24 +177,52 @@ impl Ranges {
     }
 
     fn write(&self, inner: &mut Inner) {
-        let changed = std::mem::take(&mut inner.changed);
-        let Some(db) = &self.db else { return };
+        let Some(db) = self.db.as_ref().filter(|_| !inner.changed.is_empty()) else { return };
         let mut batch = sled::Batch::default();
-        for seq in changed {
-            match inner.segments.get(&seq) {
+        for seq in &inner.changed {
+            match inner.segments.get(seq) {
                 Some(cached) => batch.insert(&seq.0.to_be_bytes(), cached.encode()),
                 None => batch.remove(&seq.0.to_be_bytes()),
             }
         }
-        if let Err(e) = db.apply_batch(batch) {
+        match db.try_send(Order::Write(batch)) {
+            Err(TrySendError::Full(_)) => (),
+            Ok(()) | Err(TrySendError::Disconnected(_)) => inner.changed.clear(),
+        }
+    }
+}
+
+/// Starts the thread that has the database.
+fn start(db: sled::Db) -> Option<SyncSender<Order>> {
+    let (orders, incoming) = sync_channel(BATCHES_MAX);
+    let thread = std::thread::Builder::new().name("index".into()).spawn(move || obey(db, incoming));
+    thread.inspect_err(|e| ::log::warn!("the cache will be forgotten at exit: {e}")).ok().map(|_| orders)
+}
+
+fn obey(db: sled::Db, incoming: Receiver<Order>) {
+    for order in incoming {
+        let (done, outcome) = match order {
+            Order::Write(batch) => (None, db.apply_batch(batch)),
+            Order::Flush(done) => (Some(done), db.flush().map(|_| ())),
+            Order::Close(done) => {
+                drop(db);
+                let _ = done.send(()); // nobody may wait any more
+                return;
+            }
+        };
+        if let Err(e) = outcome {
             ::log::warn!("the index of the cache was not written: {e}");
+        }
+        if let Some(done) = done {
+            let _ = done.send(()); // nobody may wait any more
         }
     }
 }
 
 impl Drop for Ranges {
     fn drop(&mut self) {
-        self.flush_to_disk();
+        self.flush();
+        self.order(Order::Close);
     }
 }
 
@@ -275,6 +330,22 @@ mod tests {
             assert_eq!(cached.covers(&(a.min(b)..a.max(b) + 1)), whole);
         }
         assert_eq!(Cached::decode(&cached.encode()), Some(cached));
+    }
+
+    #[test]
+    fn a_database_that_is_stuck_holds_nobody_up() {
+        let (orders, incoming) = sync_channel(BATCHES_MAX); // nobody takes any
+        let ranges = Ranges { db: Some(orders), stuck: AtomicBool::new(false), inner: Mutex::default() };
+        for seq in 0..2 * (BATCHES_MAX as u64) {
+            ranges.insert(Seq(seq), 0..10, 1);
+            ranges.flush();
+        }
+        assert!(ranges.covers(Seq(3), &(0..10)));
+        assert_eq!(ranges.inner.lock().changed.len(), BATCHES_MAX, "what did not fit is written later");
+        let begin = std::time::Instant::now();
+        drop(ranges);
+        assert!(begin.elapsed() < 2 * FLUSH_MAX);
+        drop(incoming);
     }
 
     #[test]

@@ -82,7 +82,8 @@ impl Checkpointer {
         self.busy.load(Ordering::Acquire)
     }
 
-    /// True when memory or replay time call for a checkpoint. The log has its next segment at `next_seq`, and has
+    /// True when memory, replay time or a full disk call for a checkpoint: what lies behind it may leave the spool as
+    /// soon as it is sent, what no checkpoint covers may not. The log has its next segment at `next_seq`, and has
     /// taken `log_bytes` since the last checkpoint.
     pub(super) fn due(&self, state: &State, next_seq: u64, log_bytes: u64) -> bool {
         let settings = &self.fs.settings;
@@ -91,9 +92,9 @@ impl Checkpointer {
         }
         let weight: usize = state.levels.iter().map(|l| l.weight).sum();
         let segments = next_seq.saturating_sub(self.replay_seq.load(Ordering::Acquire));
+        let log_max = if state.no_space { settings.segment_size } else { settings.replay_max };
         weight >= settings.memtable_max
-            || (self.anything_new(state)
-                && (segments >= REPLAY_SEGMENTS_MAX || log_bytes >= settings.replay_max))
+            || (self.anything_new(state) && (segments >= REPLAY_SEGMENTS_MAX || log_bytes >= log_max))
     }
 
     /// True when there are committed changes that no checkpoint holds.

@@ -341,8 +341,32 @@ fn was_in_flight(seq: Seq, behind: &[&End]) -> bool {
         && behind.iter().all(|end| end.trailer.stored != Seq(0) && end.trailer.stored < seq)
 }
 
-/// The segments in the store from number `from` on.
+/// The segments in the store from number `from` on. A listing takes time while home goes on: it may hold what was put
+/// late and lack what was put before it. So where one is missing, what follows is asked for once more: now that is
+/// there, too. (After a promotion numbers are missing for good, which costs a request.)
 pub(super) async fn list_store(store: &dyn Store, from: Seq) -> Result<Vec<Seq>> {
+    let mut found = list_once(store, from).await?;
+    if let Some(gap) = first_gap(from, &found) {
+        found.extend(list_once(store, gap).await?);
+        found.sort_unstable();
+        found.dedup();
+    }
+    Ok(found)
+}
+
+/// The first number from `from` on (0: wherever they begin) that is missing before others.
+fn first_gap(from: Seq, found: &[Seq]) -> Option<Seq> {
+    let mut next = if from.0 > 0 { from.0 } else { found.first()?.0 };
+    for seq in found {
+        if seq.0 > next {
+            return Some(Seq(next));
+        }
+        next = seq.0 + 1;
+    }
+    None
+}
+
+async fn list_once(store: &dyn Store, from: Seq) -> Result<Vec<Seq>> {
     let mut after = from.0.checked_sub(1).map(|n| segment_name(Seq(n)));
     let mut found = Vec::new();
     loop {
@@ -419,4 +443,72 @@ pub async fn newest(ctx: &VolumeContext, store: &dyn Store, from: Seq) -> Result
         }
     }
     Ok(Some(Newest { seq, commit: None }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::memory::MemoryStore;
+    use crate::store::{ObjectInfo, StoreError};
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    /// A store whose first listing lacks a segment that was put while it went on.
+    struct Unsteady {
+        inner: MemoryStore,
+        listed: AtomicBool,
+    }
+
+    impl Store for Unsteady {
+        fn put_new(&self, name: &str, body: Bytes) -> BoxFuture<'_, std::result::Result<(), StoreError>> {
+            self.inner.put_new(name, body)
+        }
+        fn get_range(
+            &self,
+            name: &str,
+            range: Range<u64>,
+        ) -> BoxFuture<'_, std::result::Result<Bytes, StoreError>> {
+            self.inner.get_range(name, range)
+        }
+        fn get_suffix(
+            &self,
+            name: &str,
+            len: u64,
+        ) -> BoxFuture<'_, std::result::Result<(Bytes, u64), StoreError>> {
+            self.inner.get_suffix(name, len)
+        }
+        fn list(
+            &self,
+            prefix: &str,
+            after: Option<&str>,
+            limit: usize,
+        ) -> BoxFuture<'_, std::result::Result<Vec<ObjectInfo>, StoreError>> {
+            let all = self.inner.list(prefix, after, limit);
+            async move {
+                let mut all = all.await?;
+                if !self.listed.swap(true, Ordering::Relaxed) {
+                    all.retain(|object| object.name != segment_name(Seq(6)));
+                }
+                Ok(all)
+            }
+            .boxed()
+        }
+        fn delete(&self, name: &str) -> BoxFuture<'_, std::result::Result<(), StoreError>> {
+            self.inner.delete(name)
+        }
+        fn describe(&self) -> String {
+            self.inner.describe()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_listing_that_was_overtaken_by_home_is_asked_for_again() {
+        for from in [0, 5, 6] {
+            let store = Unsteady { inner: MemoryStore::new(), listed: AtomicBool::new(false) };
+            for seq in 5..9 {
+                store.put_new(&segment_name(Seq(seq)), Bytes::new()).await.expect("put");
+            }
+            let found = list_store(&store, Seq(from)).await.expect("list");
+            assert_eq!(found, (from.max(5)..9).map(Seq).collect::<Vec<_>>());
+        }
+    }
 }

@@ -175,7 +175,31 @@ struct State {
     connections: usize,
     /// Set when the volume is closed; those who wait for the end get it.
     last: Option<Status>,
-    waiting_for_last: usize,
+    /// Clients that unmount and have not heard yet how it ended.
+    leaving: usize,
+}
+
+/// A client's place among those that wait for the end; given back when it has heard, or is gone.
+struct Leaving<'a> {
+    shared: &'a Shared,
+    counted: bool,
+}
+
+impl Leaving<'_> {
+    fn set(&mut self, leaving: bool) {
+        if self.counted != leaving {
+            self.counted = leaving;
+            let mut state = self.shared.lock();
+            state.leaving = if leaving { state.leaving + 1 } else { state.leaving - 1 };
+            self.shared.changed.notify_all();
+        }
+    }
+}
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.set(false);
+    }
 }
 
 impl Shared {
@@ -211,12 +235,13 @@ impl Server {
         drop(self.shared.changed.wait_timeout_while(state, IO_WAIT / 5, |s| s.connections > 0));
     }
 
-    /// Tells those who wait for the end how it ended, and waits a moment until they have heard it.
+    /// Tells those who wait for the end how it ended, and waits a moment until they have heard it. Who has begun an
+    /// unmount counts among them from the beginning: it asks when the mount is gone, and by then the volume may be closed.
     pub fn finish(self, last: Status) {
         let mut state = self.shared.lock();
         state.last = Some(last);
         self.shared.changed.notify_all();
-        let waited = self.shared.changed.wait_timeout_while(state, IO_WAIT, |s| s.waiting_for_last > 0);
+        let waited = self.shared.changed.wait_timeout_while(state, IO_WAIT, |s| s.leaving > 0);
         drop(waited);
     }
 }
@@ -295,13 +320,23 @@ fn serve(stream: &UnixStream, shared: &Arc<Shared>) -> io::Result<()> {
     stream.set_read_timeout(Some(IO_WAIT))?;
     let mut reader = BufReader::new(stream.take(LINE_BYTES_MAX));
     let mut line = String::new();
+    let mut leaving = Leaving { shared, counted: false };
     while {
         line.clear();
         reader.read_line(&mut line)?
     } > 0
     {
         match serde_json::from_str::<Request>(&line) {
-            Ok(request) => send(stream, &answer(stream, shared, request)?)?,
+            Ok(request) => {
+                if matches!(request, Request::Shutdown { .. } | Request::Farewell { .. }) {
+                    leaving.set(true);
+                }
+                let farewell = matches!(request, Request::Farewell { .. });
+                send(stream, &answer(stream, shared, request)?)?;
+                if farewell {
+                    leaving.set(false);
+                }
+            }
             Err(e) => {
                 let message = format!("not a request this daemon knows: {e}");
                 return send(stream, &Reply::Error { message, status: None });
@@ -355,14 +390,9 @@ fn answer(stream: &UnixStream, shared: &Arc<Shared>, request: Request) -> io::Re
 }
 
 fn farewell(shared: &Shared, timeout: Duration) -> Reply {
-    let mut state = shared.lock();
-    state.waiting_for_last += 1;
+    let state = shared.lock();
     let waited = shared.changed.wait_timeout_while(state, timeout, |s| s.last.is_none());
-    let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-    state.waiting_for_last -= 1;
-    let last = state.last.clone();
-    drop(state);
-    shared.changed.notify_all();
+    let last = waited.unwrap_or_else(PoisonError::into_inner).0.last.clone();
     match last {
         Some(status) => Reply::Ok(status),
         None => Reply::Error { message: "still mounted".into(), status: None },

@@ -435,6 +435,9 @@ impl Durable {
         state.in_sync = false;
         state.out_since = now;
         state.fallbacks += 1;
+        // A store that is silent has failed nothing yet.
+        let silent = || format!("the store has not answered within {:?}", self.sync_timeout);
+        state.last_error.get_or_insert_with(silent);
         warn!(
             "OUT OF SYNC: the embassy has not confirmed commit {late} within {:?}; until it catches up, fsync \
              answers when the local disk holds the data. Unsent: {} segments, {} bytes. Last error: {}",

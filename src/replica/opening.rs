@@ -63,7 +63,8 @@ pub(super) struct Opened {
     pub replay_seq: Seq,
 }
 
-/// The store, if it answers. A writer that holds the volume's own copy of everything it needs goes on without it.
+/// The store, if it answers. A writer that holds the volume's own copy of everything it needs goes on without it, also
+/// when the store refuses it (credentials that have expired): home works, and `status` says what is wrong.
 pub(super) async fn reach<'a>(
     store: &'a dyn Store,
     dir: &StateDir,

@@ -41,8 +41,11 @@ const FRAME_CACHE_MIN: usize = 8 << 20;
 const OPEN_FILES: usize = 128;
 /// How long a stop waits for an upload that cannot be stopped in the middle.
 const STOP_WAIT: Duration = Duration::from_secs(2);
-/// How often the spool's free space is looked at.
+/// How often the spool's free space is looked at; and how often when less than so many bytes are left, for a fast disk
+/// fills in less than a second.
 const SPACE_INTERVAL: Duration = Duration::from_secs(1);
+const SPACE_INTERVAL_NEAR: Duration = Duration::from_millis(20);
+const SPACE_NEAR: u64 = 8 << 30;
 
 /// How to open a volume.
 pub struct OpenOptions {
@@ -377,15 +380,19 @@ fn watch_space(fs: &Arc<Fs>, dir: &Arc<StateDir>, runtime: &Io, dirty_max: u64) 
     let reserve = 2 * dirty_max + (64 << 20);
     runtime.spawn(async move {
         while let (Some(fs), Some(dir)) = (fs.upgrade(), dir.upgrade()) {
+            let mut pause = SPACE_INTERVAL;
             match dir.free_bytes() {
                 Ok(free) => {
                     last.store(free, Ordering::Relaxed);
                     fs.set_no_space(free < reserve);
+                    if free < reserve + SPACE_NEAR {
+                        pause = SPACE_INTERVAL_NEAR;
+                    }
                 }
                 Err(e) => ::log::warn!("free space of the spool: {e}"),
             }
             drop((fs, dir));
-            tokio::time::sleep(SPACE_INTERVAL).await;
+            tokio::time::sleep(pause).await;
         }
     });
     seen

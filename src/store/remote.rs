@@ -3,7 +3,7 @@
 //! here, so that every ambiguous answer is seen by [`super::retry`], which reads back.
 
 use super::{ObjectInfo, Store, StoreError, check_name, check_range, listing_bytes, transfer_time};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use futures::future::{BoxFuture, FutureExt};
 use object_store::path::Path;
@@ -14,9 +14,14 @@ use std::future::Future;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::time::Instant;
+use tokio::time::timeout_at;
 
 /// How long a request may take; [`transfer_time`] is added for its body.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long the answer to a get may stay away, and how far it may fall behind the slowest of links. Half of the time
+/// in which a read is repeated: a link that went silent costs one repetition on a new connection.
+const SILENCE_MAX: Duration = Duration::from_secs(15);
 /// The longest part of a store's words that is shown.
 const DETAIL_LEN_MAX: usize = 400;
 
@@ -74,27 +79,34 @@ impl RemoteStore {
         Ok(meta.map_err(|error| convert(name, error))?.size)
     }
 
-    /// Gets `range` (or all) of an object; the answer is what the store sent and the object's size.
-    async fn get(
-        &self,
-        name: &str,
-        path: &Path,
-        range: Option<GetRange>,
-        len: u64,
-    ) -> Result<(Bytes, u64), GetError> {
-        let options = GetOptions { range, ..GetOptions::default() };
-        let request = async {
-            let answer = self.inner.get_opts(path, options).await?;
-            let size = answer.meta.size;
-            Ok((answer.bytes().await?, size))
-        };
-        let answer = bounded(name, len, request).await.map_err(GetError::Store)?;
-        answer.map_err(|error: Error| match status(&error) {
+    /// Gets `range` (or all) of an object; the answer is what the store sent and the object's size. Given up as soon as
+    /// it is silent for too long, or slower than the slowest of links, however much was asked for.
+    async fn get(&self, name: &str, path: &Path, range: Option<GetRange>) -> Result<(Bytes, u64), GetError> {
+        let begin = Instant::now();
+        let late = |_| GetError::Store(StoreError::unavailable(name, "the answer stays away"));
+        let failed = |error: Error| match status(&error) {
             Some(416) => GetError::Range,
             _ if error.to_string().contains("non-partial response") => GetError::Range,
             _ if matches!(error, Error::NotSupported { .. }) => GetError::Range,
             _ => GetError::Store(convert(name, error)),
-        })
+        };
+        let options = GetOptions { range, ..GetOptions::default() };
+        let answer = timeout_at(begin + SILENCE_MAX, self.inner.get_opts(path, options)).await;
+        let answer = answer.map_err(late)?.map_err(failed)?;
+        let (size, promised) = (answer.meta.size, answer.range.end.saturating_sub(answer.range.start));
+        let mut pieces = answer.into_stream();
+        let mut data = BytesMut::new();
+        loop {
+            let len = data.len() as u64;
+            if len > promised {
+                return Err(GetError::Store(StoreError::unavailable(name, "more arrives than was promised")));
+            }
+            let due = begin + SILENCE_MAX + transfer_time(len);
+            match timeout_at(due, pieces.next()).await.map_err(late)? {
+                Some(piece) => data.extend_from_slice(&piece.map_err(failed)?),
+                None => return Ok((data.freeze(), size)),
+            }
+        }
     }
 
     async fn range(&self, name: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
@@ -104,7 +116,7 @@ impl RemoteStore {
             check_range(name, &range, self.size(name, &path).await?)?;
             return Ok(Bytes::new());
         }
-        match self.get(name, &path, Some(GetRange::Bounded(range.clone())), len).await {
+        match self.get(name, &path, Some(GetRange::Bounded(range.clone()))).await {
             Ok((data, _)) if data.len() as u64 == len => Ok(data),
             Ok((data, size)) => {
                 check_range(name, &range, size)?;
@@ -123,14 +135,14 @@ impl RemoteStore {
         if len == 0 {
             return Ok((Bytes::new(), self.size(name, &path).await?));
         }
-        let (data, size) = match self.get(name, &path, Some(GetRange::Suffix(len)), len).await {
+        let (data, size) = match self.get(name, &path, Some(GetRange::Suffix(len))).await {
             // Azure knows no suffix ranges, an empty object has none, some servers answer with the whole, and s3s-fs
             // breaks down when the suffix is longer than the object.
             Err(error) if error.may_be_the_range() => {
                 let size = self.size(name, &path).await?;
                 let start = size.saturating_sub(len);
                 let range = (start > 0).then_some(GetRange::Bounded(start..size));
-                self.get(name, &path, range, size - start).await
+                self.get(name, &path, range).await
             }
             answer => answer,
         }
@@ -379,6 +391,35 @@ mod tests {
         assert!(denied(gone));
         let forbidden = Error::PermissionDenied { path: "x".into(), source: "403".into() };
         assert!(convert("log/1", forbidden).to_string().contains("credentials"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_get_is_given_up_when_it_is_silent_and_not_while_it_is_only_slow() {
+        use object_store::memory::InMemory;
+        use object_store::throttle::{ThrottleConfig, ThrottledStore};
+        let store = |config| {
+            let inner = Arc::new(ThrottledStore::new(InMemory::new(), config));
+            RemoteStore::new(inner, "", "memory:".into()).expect("a store")
+        };
+        let len = 4 << 20;
+        let body = Bytes::from(vec![7; len as usize]);
+        let silent = store(ThrottleConfig { wait_get_per_call: Duration::MAX, ..ThrottleConfig::default() });
+        silent.put_new("log/1", body.clone()).await.expect("put");
+        let begin = Instant::now();
+        assert!(silent.get_range("log/1", 0..len).await.unwrap_err().is_transient());
+        assert!(begin.elapsed() <= SILENCE_MAX, "{:?}", begin.elapsed());
+        // Its first byte comes in time, then nothing does.
+        let stuck = store(ThrottleConfig {
+            wait_get_per_byte: Duration::from_secs(600),
+            ..ThrottleConfig::default()
+        });
+        stuck.put_new("log/1", body.clone()).await.expect("put");
+        let begin = Instant::now();
+        assert!(stuck.get_range("log/1", 0..len).await.unwrap_err().is_transient());
+        assert!(begin.elapsed() <= SILENCE_MAX, "{:?}", begin.elapsed());
+        let quick = store(ThrottleConfig { wait_get_per_call: SILENCE_MAX / 2, ..ThrottleConfig::default() });
+        quick.put_new("log/1", body.clone()).await.expect("put");
+        assert_eq!(quick.get_range("log/1", 0..len).await.expect("get"), body);
     }
 
     #[test]

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def program():
 
 def say(text):
     """One line of the case's story."""
-    print(f"    {text}", flush=True)
+    print(f"    {text}\n", end="", flush=True)  # in one piece: scenes run side by side
 
 
 def check(holds, claim, detail=""):
@@ -134,6 +135,35 @@ def timed(call):
     begin = time.monotonic()
     result = call()
     return result, time.monotonic() - begin
+
+
+class Helper:
+    """A program of ours beside the case, in a process of its own: orders and answers are lines of JSON."""
+
+    def __init__(self, script, *words):
+        command = [sys.executable, script, *words]
+        self.process = subprocess.Popen(
+            [str(c) for c in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.lock, self.first = threading.Lock(), self.answer()
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise Failed(f"{self.process.args[1]} has ended")
+        return json.loads(line)
+
+    def ask(self, order):
+        with self.lock:
+            self.process.stdin.write(json.dumps(order) + "\n")
+            self.process.stdin.flush()
+            return self.answer()
+
+    def close(self):
+        self.process.kill()
+        self.process.wait(10)
+        self.process.stdin.close()
+        self.process.stdout.close()
 
 
 class Mount:
@@ -347,7 +377,16 @@ def clean_up(below, tag):
     for pid in tagged_processes(tag):
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
+    for device in loop_devices(below):
+        subprocess.run(["losetup", "-d", device], stdin=subprocess.DEVNULL, check=False)
     return left
+
+
+def loop_devices(below):
+    """The loop devices whose files lie, or lay, below a directory."""
+    listed = run("losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE", ok=None).stdout
+    pairs = (line.split(None, 1) for line in listed.splitlines())
+    return [pair[0] for pair in pairs if len(pair) == 2 and pair[1].startswith(f"{below}/")]
 
 
 def die_with_story(story):

@@ -35,10 +35,10 @@ CASES = {
     "no_plaintext": (180, [None]),
     "at_version": (180, [None]),
     "tamper": (600, ["store", "local"]),
-    "protection": (300, ["available", "strict", "local", "read_only_store"]),
     "control_dir": (120, [None]),
     "store_refusals": (180, [None]),
     "credentials": (120, [None]),
+    "link": (240, ["strict", "available", "local", "reads", "drain"]),
     "real_input": (900, ["file", "s3"]),
     "applications": (300, ["postgresql", "sqlite", "git", "rsync", "tar", "rust_build", "append_log"]),
     "pjdfstest": (300, [None]),
@@ -47,6 +47,8 @@ CASES = {
     "posix": (240, ["directories", "attributes", "files", "mounting"]),
     "upgrade": (180, [None]),
     "crash_remount": (120, [None]),
+    "spool": (180, ["full", "fails"]),
+    "crash": (120, ["kill", "power", "sqlite", "postgresql"]),
     "suites": (300, ["fsx", "stress_ng", "dbench", "fio"]),
 }
 
