@@ -193,7 +193,7 @@ impl Inode {
             }
             FileType::Symlink => {
                 let target = r.take(r.left())?;
-                if target.is_empty() || target.len() > TARGET_MAX || target.contains(&0) {
+                if target.is_empty() || target.len() > TARGET_MAX {
                     return Err(r.bad("what it points to is no path"));
                 }
                 Body::Symlink { target: target.to_vec() }
