@@ -62,6 +62,9 @@ if [ $# -eq 0 ]; then
     cargo clippy $profile --locked --all-targets --quiet -- -D warnings
     step "unit and integration tests"
     cargo test $profile --locked --quiet
+    step "simulation, fresh seeds"
+    EMBASSYFS_SIM_SECONDS=${SIM_SECONDS:-120} cargo test $profile --locked --quiet --test sim other_seeds -- --nocapture |
+        grep -E '^in all|^test result'
     step "licences, bans, sources, advisories"
     check_dependencies
 fi

@@ -24,6 +24,8 @@ use std::time::Duration;
 
 /// Tries to win a race against a home that uploads.
 const TRIES: usize = 200;
+/// How many numbers a promotion leaves free behind its first segment.
+const SKIP: u64 = 1000;
 
 impl Run {
     /// The newest commit of the old reign is the model's; home must find out, and nobody else must notice.
@@ -97,10 +99,15 @@ impl Run {
     }
 
     fn reader_sees(&mut self, last: CommitNo, promoted: CommitNo) -> Same {
+        let mut why = String::new();
         for _ in 0..TRIES {
-            let Ok(volume) = self.host.embassy(Version::Newest, true) else {
-                self.host.world.pass(Duration::from_secs(5));
-                continue;
+            let volume = match self.host.embassy(Version::Newest, true) {
+                Ok(volume) => volume,
+                Err(error) => {
+                    why = error.to_string();
+                    self.host.world.pass(Duration::from_secs(5));
+                    continue;
+                }
             };
             let shown = volume.opened.map_or(0, |(commit, _)| commit.0);
             if shown < promoted.0 {
@@ -112,7 +119,7 @@ impl Run {
             let world = &self.host.world;
             return View { world, volume: &volume, batch: 50, cookies: &mut cookies }.compare(&model);
         }
-        Err("no reader saw the promotion".into())
+        Err(format!("no reader saw the promotion: {why}"))
     }
 
     /// Puts a segment of a new epoch behind the newest one, with an empty commit. Gives the last commit before it and
@@ -155,18 +162,29 @@ impl Run {
             };
             let promoted = CommitNo(found.last_commit.0 + 1);
             let epoch = Epoch(found.epoch.0 + 1);
-            let mut log =
-                LogWriter::new(dir, ctx.clone(), env, epoch, found.head, found.next_seq, found.last_commit);
-            let parts = delta::encode(&counters, Vec::new());
-            let closed = log.append_commit(promoted, self.now, &parts).and_then(|()| log.close());
-            let Some(closed) = closed.map_err(|e| e.to_string())? else { return Err("no segment".into()) };
-            let name = segment_name(closed.head.seq);
-            let body: Bytes = closed.file.read().map_err(|e| e.to_string())?.into();
-            let _ = world.runtime.block_on(link.put_new(&name, body.clone())); // what came of it is asked now
-            world.pass(Duration::from_secs(60)); // what is late is there by then
-            let there = world.runtime.block_on(world.store.truth().get_suffix(&name, u64::MAX));
-            if there.is_ok_and(|(there, _)| there == body) {
-                return Ok((found.last_commit, promoted));
+            let put = |head, seq, last: CommitNo| {
+                let mut log = LogWriter::new(dir.clone(), ctx.clone(), env.clone(), epoch, head, seq, last);
+                let parts = delta::encode(&counters, Vec::new());
+                let closed = log.append_commit(CommitNo(last.0 + 1), self.now, &parts);
+                let closed = closed.and_then(|()| log.close()).map_err(|e| e.to_string())?;
+                let closed = closed.ok_or("no segment")?;
+                let name = segment_name(closed.head.seq);
+                let body: Bytes = closed.file.read().map_err(|e| e.to_string())?.into();
+                for _ in 0..TRIES {
+                    let _ = world.runtime.block_on(link.put_new(&name, body.clone())); // what came of it is asked now
+                    world.pass(Duration::from_secs(60)); // what is late is there by then
+                    let there = world.runtime.block_on(world.store.truth().get_suffix(&name, u64::MAX));
+                    if let Ok((there, _)) = there {
+                        return Ok((there == body).then_some(closed.head));
+                    }
+                }
+                Err::<_, String>(format!("{name} cannot be put"))
+            };
+            if let Some(head) = put(found.head, found.next_seq, found.last_commit)? {
+                // From here on out of reach of what home has under way.
+                let far = Seq(found.next_seq.0 + SKIP);
+                put(Some(head), far, promoted)?.ok_or("somebody wrote far ahead")?;
+                return Ok((found.last_commit, CommitNo(promoted.0 + 1)));
             }
         }
         Err(format!("no promotion in {TRIES} tries"))
