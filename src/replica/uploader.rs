@@ -374,7 +374,7 @@ async fn read_through(name: &str, segment: &ClosedSegment) -> Result<(), Failure
         }
         false => Ok(is_whole(&file, head)),
     };
-    match whole.flatten() {
+    match whole.and_then(|whole| whole) {
         Ok(true) => Ok(()),
         Ok(false) => Err(Failure::Stuck(format!(
             "{name}: {shown} is damaged, so it is not sent; put it back from a copy of the state directory"
