@@ -343,7 +343,10 @@ mod tests {
         assert!(ranges.covers(Seq(3), &(0..10)));
         assert_eq!(ranges.inner.lock().changed.len(), BATCHES_MAX, "what did not fit is written later");
         let (done, ended) = std::sync::mpsc::channel();
-        std::thread::spawn(move || done.send(drop(ranges)));
+        std::thread::spawn(move || {
+            drop(ranges);
+            done.send(())
+        });
         ended.recv_timeout(20 * FLUSH_MAX).expect("dropping it waits for nobody for ever");
         drop(incoming);
     }

@@ -154,8 +154,7 @@ impl Run {
         };
         self.host.set_clock(self.now);
         let before: BTreeSet<Ino> = self.touched(op);
-        let mut told = format!("{:6} {op:?}", self.step);
-        told.truncate(told.floor_char_boundary(TOLD_CHARS));
+        let told: String = format!("{:6} {op:?}", self.step).chars().take(TOLD_CHARS).collect();
         self.recent.push_back(told);
         if self.recent.len() > TOLD {
             self.recent.pop_front();
