@@ -49,8 +49,9 @@ pub trait Disk: Debug + Send + Sync {
     fn free_bytes(&self, dir: &Path) -> io::Result<u64>;
     /// Locks the file, making it if need be, until the lock is dropped. `Err` names the holder, if it said who it is.
     fn lock(&self, path: &Path) -> io::Result<Result<Box<dyn Lock>, String>>;
-    /// True when a call may take long, so that it must not be made where many wait.
-    fn blocks(&self) -> bool;
+    /// True for the machine's own disk: a call may take long, so that it must not be made where many wait, and others
+    /// than this find the same files under its paths.
+    fn is_real(&self) -> bool;
 }
 
 /// A lock that is held until it is dropped.
@@ -225,7 +226,7 @@ impl Disk for SystemDisk {
         Ok(Ok(Box::new(file)))
     }
 
-    fn blocks(&self) -> bool {
+    fn is_real(&self) -> bool {
         true
     }
 }

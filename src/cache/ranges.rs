@@ -54,6 +54,11 @@ struct Cached {
 }
 
 impl Ranges {
+    /// An index that is forgotten at the end.
+    pub fn in_memory() -> Ranges {
+        Ranges { db: None, stuck: AtomicBool::new(false), inner: Mutex::default() }
+    }
+
     /// Opens the database at `path` and reads it; starts afresh when it cannot be read.
     pub fn open(path: &Path) -> Ranges {
         let open = || {

@@ -103,7 +103,10 @@ impl FrameReader {
         env: Env,
         limits: ReaderLimits,
     ) -> Result<FrameReader> {
-        let ranges = Ranges::open(&dir.index_path());
+        let ranges = match dir.disk().is_real() {
+            true => Ranges::open(&dir.index_path()),
+            false => Ranges::in_memory(),
+        };
         let cached: HashSet<Seq> = dir.cache_segments()?.into_iter().collect();
         ranges
             .oldest_first()

@@ -368,7 +368,7 @@ impl Shared {
 async fn read_through(name: &str, segment: &ClosedSegment) -> Result<(), Failure> {
     let (file, head) = (segment.file.clone(), segment.head);
     let shown = file.path.display().to_string();
-    let whole = match file.disk.blocks() {
+    let whole = match file.disk.is_real() {
         true => {
             tokio::task::spawn_blocking(move || is_whole(&file, head)).await.map_err(std::io::Error::other)
         }

@@ -158,7 +158,7 @@ pub(crate) async fn file_suffix(name: &str, file: &FileRef, len: u64) -> Result<
         let file = file.clone();
         move || file.suffix(len)
     };
-    let found = match file.disk.blocks() {
+    let found = match file.disk.is_real() {
         true => tokio::task::spawn_blocking(read).await.map_err(|e| StoreError::unavailable(name, e))?,
         false => read(),
     };

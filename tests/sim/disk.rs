@@ -435,7 +435,7 @@ impl Disk for SimDisk {
         Ok(Ok(Box::new(SimLock(self.clone()))))
     }
 
-    fn blocks(&self) -> bool {
+    fn is_real(&self) -> bool {
         false
     }
 }

@@ -92,10 +92,6 @@ impl Host {
     /// One try to open home over its disk.
     pub fn rise(&mut self) -> log::Result<()> {
         self.link = self.world.store.link(1);
-        if self.world.chance.one_in(3) {
-            // The index of the cache is a hint that a crash may take.
-            drop(std::fs::remove_dir_all(self.root("home").join("index.sled")));
-        }
         let options = self.options(&self.link, &self.disk, "home");
         self.home = Some(Volume::open_after(options, None, &self.world.io())?);
         Ok(())

@@ -35,7 +35,7 @@ pub struct World {
 impl World {
     pub fn new(seed: u64, parameters: Parameters, now: Timestamp) -> World {
         count_panics();
-        let dir = tempfile::Builder::new().tempdir_in(memory()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
         let runtime = Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
         let clock = Arc::new(SimClock { handle: runtime.handle().clone(), wall: Mutex::new(now) });
         let chance = Chance::new(seed);
@@ -138,10 +138,4 @@ fn count_panics() {
 /// Ends the run if anything has panicked.
 pub fn no_panic() {
     assert_eq!(PANICS.load(Ordering::SeqCst), 0, "something panicked; its message stands above");
-}
-
-/// Where the index of the cache lies, which is `sled`'s and on a real disk.
-fn memory() -> std::path::PathBuf {
-    let memory = std::path::PathBuf::from("/dev/shm");
-    if memory.is_dir() { memory } else { std::env::temp_dir() }
 }
