@@ -139,9 +139,22 @@ fn one_seed_gives_the_same_run_to_the_byte() {
 #[test]
 fn named_seeds() {
     let all = run_all(0..24);
-    for kind in
-        ["power cut", "kill", "lost request", "lost answer", "late put", "outage", "stale list", "full disk"]
-    {
+    for kind in [
+        "power cut",
+        "kill",
+        "lost request",
+        "lost answer",
+        "late put",
+        "outage",
+        "stale list",
+        "full disk",
+        "failing sync",
+        "no room for a write",
+        "damaged answer",
+        "throttled request",
+        "bit rot, borne",
+        "promotion",
+    ] {
         assert!(all.faults.get(kind).is_some_and(|n| *n > 0), "no {kind} in all runs");
     }
     assert!(all.counts.lost > 0 && all.counts.readers > 0 && all.counts.checkpoints > 0);

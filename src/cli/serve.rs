@@ -163,15 +163,22 @@ impl Daemon {
                 Err(e) => break Err(e),
                 Ok(Ended::Stopped) => {}
             }
-            match self.relay.hand_over(&self.plan, volume, &connection, || control.leave())? {
-                Handed::Over => {
+            match self.relay.hand_over(&self.plan, volume, &connection, || control.leave()) {
+                Ok(Handed::Over) => {
                     std::mem::forget(guard);
-                    if let Some(server) = &*lock(&self.server) {
+                    if let Some(server) = lock(&self.server).take() {
                         server.drain();
+                        std::mem::forget(server); // the name of its socket is the successor's by now
                     }
                     return Ok(ExitCode::Ok);
                 }
-                Handed::Back(back) => volume = back,
+                Ok(Handed::Back(back)) => volume = back,
+                Err(e) => {
+                    if self.plan.supervise {
+                        std::mem::forget(guard); // the dead mount keeps its place until the supervisor comes
+                    }
+                    return Err(e);
+                }
             }
             control.enter(volume.control());
             ready = Box::new(move |greeting: &Greeting| {

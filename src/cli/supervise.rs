@@ -49,7 +49,8 @@ pub(super) fn run(plan: &MountPlan, pipe: ReadyPipe) -> Outcome {
         first.take().into_iter().for_each(|pipe| pipe.leave());
         let ending = supervisor.wait_for_all();
         let mountpoint = &plan.settings.mountpoint;
-        if supervisor.stopping || !is_mounted(mountpoint) {
+        // One that ended well was unmounted: what is mounted there now is somebody else's.
+        if supervisor.stopping || ending.code() == ExitCode::Ok || !is_mounted(mountpoint) {
             return Ok(ending.code());
         }
         row = if supervisor.clock.monotonic() - started < STEADY { row + 1 } else { 1 };

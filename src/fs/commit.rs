@@ -337,7 +337,7 @@ impl Committer {
         let time = self.fs.env.clock.now();
         self.log.lock().set_stored(self.shipping.stored());
         self.with_room(|log| log.append_commit(taken.no, time, &parts))?;
-        let close = close || self.log.lock().open_len() >= self.fs.settings.segment_size;
+        let close = close || self.log.lock().is_full(self.fs.settings.segment_size);
         match close {
             true => self.close()?,
             false => {

@@ -75,12 +75,19 @@ impl What {
     }
 }
 
+impl What {
+    /// Without the name, for those who may not see the directory.
+    pub fn in_public(&self) -> String {
+        match self.ino {
+            0 => self.op.to_string(),
+            ino => format!("{} at inode {ino}", self.op),
+        }
+    }
+}
+
 impl fmt::Display for What {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.op)?;
-        if self.ino > 0 {
-            write!(f, " at inode {}", self.ino)?;
-        }
+        write!(f, "{}", self.in_public())?;
         if self.len > 0 {
             let cut = if self.len > NAME_SHOWN { "..." } else { "" };
             write!(f, ", name '{}{cut}'", self.name[..self.len.min(NAME_SHOWN)].escape_ascii())?;

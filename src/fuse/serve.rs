@@ -280,9 +280,9 @@ impl Requests {
 
     /// A bug: said in log and status, with what was asked but not what it carried.
     pub(super) fn panicked(&self, what: &What, panic: &(dyn Any + Send)) {
-        let text = format!("{what}: panic: {}", panic_text(panic));
-        ::log::error!("{text}; answered EIO");
-        self.backend.failed(&text);
+        let text = panic_text(panic);
+        ::log::error!("{what}: panic: {text}; answered EIO");
+        self.backend.failed(&format!("{}: panic: {text}", what.in_public()));
     }
 
     /// One try on the pool, and the reply if that settles it. Else the job comes back with what it wants. When the
@@ -362,7 +362,7 @@ impl Requests {
     fn report(&self, what: &What, e: &fs::Error) -> i32 {
         if !matches!(e, fs::Error::Os(_) | fs::Error::OverLimit) {
             ::log::error!("{what}: {e}");
-            self.backend.failed(&format!("{what}: {e}"));
+            self.backend.failed(&format!("{}: {e}", what.in_public()));
         }
         e.errno()
     }

@@ -13,7 +13,7 @@ use super::torn::{Torn, scan};
 use super::{ClosedSegment, Error, Result};
 use crate::clock::Env;
 use crate::disk::{FileRef, Mode};
-use crate::store::{Store, StoreError};
+use crate::store::Store;
 use crate::types::{CommitNo, Epoch, Head, Seq, Timestamp};
 use bytes::Bytes;
 use futures::{FutureExt, TryStreamExt};
@@ -211,10 +211,10 @@ async fn list(
     let from = start.prev.map_or(start.replay_seq, |prev| prev.seq).min(oldest);
     match list_store(store, from).await {
         Ok(listed) => Ok(Some(listed)),
-        Err(Error::Store(StoreError::Unavailable { detail, .. }))
-            if role == Role::Writer && (spool.newest().is_some() || start.prev.is_some()) =>
+        Err(Error::Store(e))
+            if e.may_pass() && role == Role::Writer && (spool.newest().is_some() || start.prev.is_some()) =>
         {
-            ::log::warn!("{} does not answer ({detail}); going on with what is here", store.describe());
+            ::log::warn!("{} does not serve ({e}); going on with what is here", store.describe());
             Ok(None)
         }
         Err(e) => Err(e),

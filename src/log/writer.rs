@@ -23,6 +23,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// A segment whose deltas have this many plain bytes is closed, whatever they are packed to. Far below what a reader
+/// bounds, for one commit more can follow.
+const DELTA_BYTES_MAX: u64 = 64 << 20;
 /// The buffer is written out when it holds this many bytes.
 const BUFFER_LEN: usize = 1 << 20;
 type Create = Box<dyn Fn(&Path) -> io::Result<Arc<dyn DiskFile>> + Send>;
@@ -53,6 +56,8 @@ struct OpenSegment {
     /// Bytes known durable.
     synced: u64,
     dir_synced: bool,
+    /// Plain bytes of its deltas: who replays it unpacks so many.
+    delta_bytes: u64,
     hasher: Hasher,
     index: Index,
 }
@@ -136,6 +141,7 @@ impl LogWriter {
             let last = i + 1 == parts.len();
             DeltaHeader { no, time, part: i as u32, last, synced }.encode_onto(&mut plain);
             plain.extend_from_slice(part);
+            open.delta_bytes += plain.len() as u64;
             open.seal(FrameKind::Delta, &plain);
         }
         let deltas = first..open.index.frames.len();
@@ -243,6 +249,12 @@ impl LogWriter {
     /// Bytes in the open segment; 0 when none is open.
     pub fn open_len(&self) -> u64 {
         self.open.as_ref().map_or(0, OpenSegment::len)
+    }
+
+    /// True when the open segment ought to be closed: for its bytes, of which it shall have `target`, or for what its
+    /// deltas unpack to, which a reader bounds.
+    pub fn is_full(&self, target: u64) -> bool {
+        self.open.as_ref().is_some_and(|open| open.len() >= target || open.delta_bytes >= DELTA_BYTES_MAX)
     }
 
     /// When the open segment was begun (monotonic).
@@ -353,6 +365,7 @@ impl LogWriter {
             written: 0,
             synced: 0,
             dir_synced: false,
+            delta_bytes: 0,
             hasher: Hasher::default(),
             index: Index::default(),
         });

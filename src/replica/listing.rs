@@ -1,8 +1,8 @@
 //! What a store tells about its volume to somebody who does not mount it.
 //! Invariant: only what is signed by the volume's writer is believed.
 
+use super::opening::context;
 use super::opening::list_checkpoints;
-use super::volume::context;
 use crate::crypto::keyfile::KeyFile;
 use crate::log::{CommitInfo, Error, Result, chain};
 use crate::ops::init::load_superblock;

@@ -2,6 +2,7 @@
 //! Invariant: home restart, embassy mount and a mount of the past come through here alike; a store that is older
 //! than what this host has seen, or different from it, is refused and said to be so.
 
+use super::volume::OpenOptions;
 use crate::clock::Env;
 use crate::crypto::keyfile::KeyFile;
 use crate::fs::Recovery;
@@ -11,12 +12,14 @@ use crate::log::recovery::{self, Recovered, Role, Step};
 use crate::log::segment::{VolumeContext, segment_name};
 use crate::log::statedir::StateDir;
 use crate::log::volume::{self, Superblock, UnverifiedSuperblock};
-use crate::log::{Error, Result};
+use crate::log::{ClosedSegment, Error, Result};
 use crate::store::{Store, StoreError};
 use crate::tree::checkpoint::{self, Root};
 use crate::tree::{Counters, Delta, Tree, delta, key, memtable};
 use crate::types::{CommitNo, Hash, Head, Ino, Seq, Timestamp, unhex};
 use bytes::Bytes;
+use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Name of the file in the state directory that says the newest head this host has seen.
@@ -63,6 +66,11 @@ pub(super) struct Opened {
     pub replay_seq: Seq,
 }
 
+/// True for a writer that holds the volume's own copy of everything it needs.
+pub(super) fn works_alone(dir: &StateDir, role: Role) -> Result<bool> {
+    Ok(role == Role::Writer && dir.read(volume::NAME)?.is_some())
+}
+
 /// The store, if it answers. A writer that holds the volume's own copy of everything it needs goes on without it, also
 /// when the store refuses it (credentials that have expired): home works, and `status` says what is wrong.
 pub(super) async fn reach<'a>(
@@ -70,7 +78,7 @@ pub(super) async fn reach<'a>(
     dir: &StateDir,
     role: Role,
 ) -> Result<Option<&'a dyn Store>> {
-    if role == Role::Reader || dir.read(volume::NAME)?.is_none() {
+    if !works_alone(dir, role)? {
         return Ok(Some(store));
     }
     match crate::store::reachable(store, REACH_TIMEOUT).await {
@@ -331,7 +339,13 @@ pub(super) async fn check_next_ino(opened: &Opened, reader: &FrameReader) -> Res
     let all = key::everything();
     let last = loop {
         match levels.last(&all.start, &all.end) {
-            Err(Error::Missing(ptrs)) => reader.fetch(&ptrs).await?,
+            Err(Error::Missing(ptrs)) => match reader.fetch(&ptrs).await {
+                Err(Error::Store(e)) if e.may_pass() => {
+                    ::log::warn!("the number of the next inode is not held against the tree: {e}");
+                    return Ok(());
+                }
+                fetched => fetched?,
+            },
             found => break found?,
         }
     };
@@ -397,6 +411,62 @@ pub(super) fn parse_pin(bytes: &[u8]) -> Option<Head> {
     Some(Head { seq: Seq(u64::from_be_bytes(unhex(seq)?)), hash: Hash(unhex(hash)?) })
 }
 
+/// Which of the local segments the store has, up to the first that it has not. When it does not answer, none: they are offered again, and the
+/// uploader finds out that they are the same.
+pub(super) async fn split_sent(
+    store: Option<&dyn Store>,
+    opened: &Opened,
+) -> (Vec<ClosedSegment>, Vec<ClosedSegment>) {
+    let local = opened.recovered.local.clone();
+    let (Some(first), Some(store)) = (local.first(), store) else { return (Vec::new(), local) };
+    let mut there = HashSet::new();
+    let mut after = segment_name(Seq(first.head.seq.0.saturating_sub(1)));
+    while let Ok(page) = store.list("log/", Some(&after), 1000).await {
+        let Some(last) = page.last() else { break };
+        after = last.name.clone();
+        there.extend(page.into_iter().map(|object| (object.name, object.size)));
+    }
+    // Uploads run side by side: what lies behind a gap is offered again, and found to be there already.
+    let mut gap = false;
+    local.into_iter().partition(|segment| {
+        gap |= !there.contains(&(segment_name(segment.head.seq), segment.len));
+        !gap
+    })
+}
+
+/// What the volume is, and where its history ends.
+pub(super) struct Found {
+    pub superblock: Superblock,
+    /// The superblock's bytes, if they are not pinned yet.
+    pub to_pin: Option<Bytes>,
+    pub ctx: Arc<VolumeContext>,
+    pub opened: Opened,
+}
+
+/// Finds both in the store, or with none in what this host holds.
+pub(super) async fn find(
+    options: &OpenOptions,
+    dir: &StateDir,
+    store: Option<&dyn Store>,
+    role: Role,
+) -> Result<Found> {
+    let (superblock, to_pin) = self::superblock(store, dir, &options.key).await?;
+    let ctx = Arc::new(context(&options.key, &superblock)?);
+    let opened = recover(&ctx, dir, &options.env, store, role, options.version).await?;
+    Ok(Found { superblock, to_pin, ctx, opened })
+}
+
+pub(super) fn context(key: &KeyFile, superblock: &Superblock) -> Result<VolumeContext> {
+    let volume_key = key.volume_key().map_err(|e| Error::Refused(e.to_string()))?;
+    Ok(VolumeContext {
+        id: superblock.volume,
+        key: volume_key.clone(),
+        key_id: superblock.key_id,
+        writer_public: superblock.writer_public,
+        signer: key.signing.clone(),
+    })
+}
+
 /// The newest checkpoint on this host that the store does not have, and the segment it needs: an upload that the last
 /// run did not get to.
 pub(super) async fn unsent_checkpoint(
@@ -405,10 +475,13 @@ pub(super) async fn unsent_checkpoint(
     store: Option<&dyn Store>,
 ) -> Result<Option<(String, Bytes, Seq)>> {
     let Some(name) = dir.checkpoints()?.first().map(|name| full_name(name)) else { return Ok(None) };
-    if let Some(store) = store
-        && list_checkpoints(store).await?.contains(&name)
-    {
-        return Ok(None);
+    if let Some(store) = store {
+        match list_checkpoints(store).await {
+            Ok(names) if names.contains(&name) => return Ok(None),
+            // It is offered again, and found to be there.
+            Err(e) => ::log::warn!("whether {name} was sent is not known: {e}"),
+            Ok(_) => {}
+        }
     }
     let Some(root) = usable_checkpoint(ctx, dir, None, &name).await? else { return Ok(None) };
     Ok(dir.read(&name)?.map(|bytes| (name, Bytes::from(bytes), root.root_seq)))

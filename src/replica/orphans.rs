@@ -8,15 +8,27 @@ use crate::log::reader::FrameReader;
 use crate::log::{Error, Result};
 use crate::tree::key::{self, KeyRef};
 use crate::types::Ino;
+use std::time::Duration;
 
 /// Inodes that were unlinked but open when home went down.
-pub(super) async fn find(opened: &Opened, reader: &FrameReader) -> Result<Vec<Ino>> {
+pub(super) async fn find(opened: &Opened, reader: &FrameReader, patience: Duration) -> Result<Vec<Ino>> {
     let maps = [&opened.recovery.replayed];
     let levels = crate::tree::Levels { maps: &maps, tree: &opened.recovery.tree, frames: reader };
     let range = key::orphans();
     loop {
         match levels.range(&range.start, &range.end, usize::MAX) {
-            Err(Error::Missing(ptrs)) => reader.fetch(&ptrs).await?,
+            Err(Error::Missing(ptrs)) => {
+                let why = match tokio::time::timeout(patience, reader.fetch(&ptrs)).await {
+                    Ok(Err(Error::Store(e))) if e.may_pass() => e.to_string(),
+                    Err(_) => "it does not answer".to_string(),
+                    Ok(fetched) => {
+                        fetched?;
+                        continue;
+                    }
+                };
+                ::log::warn!("inodes without names wait for a mount at which the store answers: {why}");
+                return Ok(Vec::new());
+            }
             found => {
                 return Ok(found?
                     .iter()

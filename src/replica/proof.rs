@@ -17,6 +17,8 @@ use tokio::sync::Mutex;
 
 /// How long a proof counts. A store may change behind its address: another server, other settings.
 const VALID: Duration = Duration::from_secs(3600);
+/// How long one trial may take.
+const TRIAL_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long opening a volume waits for it; the uploader asks again.
 const OPENING_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -53,7 +55,17 @@ impl ProvenStore {
         if proven.is_some_and(|at| now < at + VALID) {
             return Verdict::Kept;
         }
-        let verdict = self.try_out().await.unwrap_or_else(Verdict::Unknown);
+        let silent =
+            |_| Err(StoreError::unavailable(volume::NAME, "no answer to the trial of put-if-absent"));
+        let verdict = tokio::time::timeout(TRIAL_TIMEOUT, self.try_out()).await.unwrap_or_else(silent);
+        let verdict = match verdict.unwrap_or_else(Verdict::Unknown) {
+            // One that has kept it is believed for another while: a bad moment of the link must not stop the uploads.
+            Verdict::Unknown(error) if error.is_transient() && proven.is_some() => {
+                ::log::debug!("{error}; asked again later");
+                Verdict::Kept
+            }
+            verdict => verdict,
+        };
         if matches!(verdict, Verdict::Kept) {
             if proven.is_none() {
                 info!("{}: keeps put-if-absent", self.inner.describe());

@@ -24,15 +24,20 @@ use crate::store::Store;
 use crate::tree::checkpoint;
 use crate::types::{CommitNo, Epoch, FramePtr, Seq, Timestamp};
 use parking_lot::Mutex;
-use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 use tokio::runtime::Handle;
 
+/// File in the state directory that says why this host must not write any more. A fence is for good, also when the next
+/// start cannot ask the store.
+const FENCED: &str = "fenced";
 /// Local checkpoints kept: the newest, and one in case it is damaged.
 const LOCAL_CHECKPOINTS: usize = 2;
+/// How long inodes without names are looked for in the store, at a start and at a hand-over.
+const FIND_TIMEOUT: Duration = Duration::from_secs(60);
+const FIND_TIMEOUT_AFTER: Duration = Duration::from_secs(5);
 /// Pause between two attempts of a commit that waits for the link or for room.
 const PAUSE: Duration = Duration::from_secs(1);
 /// An operation must be able to hold what it needs at once, in bytes.
@@ -115,16 +120,31 @@ impl Volume {
             return Err(Error::Refused("an older version cannot be written".into())); // it would fork the log
         }
         let dir = Arc::new(StateDir::open_on(options.env.disk.clone(), &options.state)?);
+        if let (false, Some(reason)) = (options.settings.read_only, dir.read(FENCED)?) {
+            return Err(Error::Refused(format!(
+                "{}. This was noted in {}: from this state directory nothing is written any more",
+                String::from_utf8_lossy(&reason),
+                dir.root().join(FENCED).display()
+            )));
+        }
         let store = options.store.clone();
         let role = if options.settings.read_only { Role::Reader } else { Role::Writer };
         let reached = match (before, role) {
             (Some(_), Role::Writer) => None,
             _ => runtime.block_on(opening::reach(&*store, &dir, role))?,
         };
-        let (superblock, to_pin) = runtime.block_on(opening::superblock(reached, &dir, &options.key))?;
-        let ctx = Arc::new(context(&options.key, &superblock)?);
-        let (env, version) = (&options.env, options.version);
-        let opened = runtime.block_on(opening::recover(&ctx, &dir, env, reached, role, version))?;
+        let found = runtime.block_on(opening::find(&options, &dir, reached, role));
+        let (reached, found) = match found {
+            // It answered, and then it did not: as if it had not answered at all.
+            Err(Error::Store(e))
+                if reached.is_some() && opening::works_alone(&dir, role)? && e.may_pass() =>
+            {
+                ::log::warn!("the store does not go on serving ({e}); opening from what this host holds");
+                (None, runtime.block_on(opening::find(&options, &dir, None, role)))
+            }
+            found => (reached, found),
+        };
+        let opening::Found { superblock, to_pin, ctx, opened } = found?;
         if let Some(bytes) = to_pin {
             dir.write_atomic(log::volume::NAME, &bytes)?; // only a volume that could be opened is pinned
         }
@@ -244,17 +264,6 @@ impl Volume {
     }
 }
 
-pub(super) fn context(key: &KeyFile, superblock: &Superblock) -> Result<VolumeContext> {
-    let volume_key = key.volume_key().map_err(|e| Error::Refused(e.to_string()))?;
-    Ok(VolumeContext {
-        id: superblock.volume,
-        key: volume_key.clone(),
-        key_id: superblock.key_id,
-        writer_public: superblock.writer_public,
-        signer: key.signing.clone(),
-    })
-}
-
 /// What both kinds of volume are put together from.
 struct Parts<'a> {
     options: &'a OpenOptions,
@@ -287,16 +296,20 @@ impl Parts<'_> {
             recovered.next_seq,
             recovered.last_commit,
         )));
-        self.runtime.block_on(opening::check_next_ino(&opened, self.reader))?;
+        if self.before.is_none() {
+            self.runtime.block_on(opening::check_next_ino(&opened, self.reader))?;
+        }
         let superblock = self.dir.read(log::volume::NAME)?.unwrap_or_default().into();
         let proven = ProvenStore::new(self.options.store.clone(), superblock, env.clock.clone());
         if self.store.is_some() {
             self.runtime.block_on(proven.refuse_to_begin())?;
         }
-        opened.recovery.orphans = self.runtime.block_on(orphans::find(&opened, self.reader))?;
+        // Applications wait for a successor: it must not wait for the store.
+        let patience = self.before.map_or(FIND_TIMEOUT, |_| FIND_TIMEOUT_AFTER);
+        opened.recovery.orphans = self.runtime.block_on(orphans::find(&opened, self.reader, patience))?;
         let (sent, unsent) = match self.before {
             Some(before) => before.split_sent(&opened),
-            None => self.runtime.block_on(split_sent(self.store, &opened)),
+            None => self.runtime.block_on(opening::split_sent(self.store, &opened)),
         };
         let checkpoint =
             self.runtime.block_on(opening::unsent_checkpoint(&self.ctx, self.dir, self.store))?;
@@ -337,7 +350,11 @@ impl Parts<'_> {
         let free_bytes = watch_space(&fs, self.dir, self.runtime, self.options.settings.dirty_max);
         let _ = shipper.fs.set(Arc::downgrade(&fs)); // set once, here
         let latched = Arc::downgrade(&fs);
+        let dir = self.dir.clone();
         durable.on_fence(Box::new(move |reason| {
+            if let Err(e) = dir.write_atomic(FENCED, reason.as_bytes()) {
+                ::log::error!("that this host is fenced cannot be noted for the next start: {e}");
+            }
             if let Some(fs) = latched.upgrade() {
                 fs.fail(reason);
             }
@@ -350,26 +367,6 @@ impl Parts<'_> {
         fs.abandoned().into_iter().for_each(|ino| orphans::free(&fs, ino, self.reader, self.runtime));
         Ok((fs, Some(Home { shipper, committer: Mutex::new(Some(thread)), free_bytes })))
     }
-}
-
-/// Which of the local segments the store has, up to the first that it has not. When it does not answer, none: they are offered again, and the
-/// uploader finds out that they are the same.
-async fn split_sent(store: Option<&dyn Store>, opened: &Opened) -> (Vec<ClosedSegment>, Vec<ClosedSegment>) {
-    let local = opened.recovered.local.clone();
-    let (Some(first), Some(store)) = (local.first(), store) else { return (Vec::new(), local) };
-    let mut there = HashSet::new();
-    let mut after = log::segment::segment_name(Seq(first.head.seq.0.saturating_sub(1)));
-    while let Ok(page) = store.list("log/", Some(&after), 1000).await {
-        let Some(last) = page.last() else { break };
-        after = last.name.clone();
-        there.extend(page.into_iter().map(|object| (object.name, object.size)));
-    }
-    // Uploads run side by side: what lies behind a gap is offered again, and found to be there already.
-    let mut gap = false;
-    local.into_iter().partition(|segment| {
-        gap |= !there.contains(&(log::segment::segment_name(segment.head.seq), segment.len));
-        !gap
-    })
 }
 
 /// Keeps the file system told whether the spool's disk has room for what memory may still hold; gives what is left.

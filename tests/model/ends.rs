@@ -28,7 +28,11 @@ impl Run {
             }
         }
         let differences = differences.join("\n");
-        Err(format!("after the crash home is at commit {newest}, {least} was durable here\n{differences}"))
+        let orphans = self.at(newest).orphans();
+        Err(format!(
+            "after the crash home is at commit {newest}, {least} was durable here; without names: {orphans:?}, of these \
+             not freed: {kept:?}\n{differences}"
+        ))
     }
 
     /// Commits that home can show when its newest is `newest`: that one, or, if something had to be done at once (an

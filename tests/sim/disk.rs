@@ -258,6 +258,7 @@ impl SimDisk {
         if !state.down {
             state.left = Some(Box::new(state.torn(&self.chance)));
             state.down = true;
+            self.chance.fault("power cut");
             self.chance.event("power cut", &[]);
         }
     }
@@ -276,12 +277,15 @@ impl SimDisk {
         SimDisk { state: Arc::new(Mutex::new(left)), ..self.clone() }
     }
 
-    /// Flips a bit of a file; says what it was.
+    /// Flips a bit of a file; says what it was. Not in the newest segment: what no later commit vouches for cannot be told
+    /// from a torn tail.
     pub fn rot(&self) -> Option<Rot> {
         let mut state = self.state.lock().unwrap();
+        let newest = state.names.keys().filter(|path| in_log(path)).max().cloned();
         let files: Vec<(PathBuf, u64)> = state
             .names
             .iter()
+            .filter(|(path, _)| Some(*path) != newest.as_ref())
             .filter(|(path, node)| !path.ends_with("lock") && !state.nodes[node].seen.is_empty())
             .map(|(path, node)| (path.clone(), *node))
             .collect();
@@ -301,12 +305,13 @@ impl SimDisk {
 
     /// A call that changes something: told, and perhaps the last.
     fn call(&self, what: &str, path: &Path, bytes: &[u8]) -> io::Result<std::sync::MutexGuard<'_, State>> {
-        if path.parent().is_some_and(|dir| dir.ends_with("log")) && matches!(what, "write" | "sync") {
+        if in_log(path) && matches!(what, "write" | "sync") {
             self.turns.rest_locked();
         }
         let mut state = self.state.lock().unwrap();
         let shown = path.strip_prefix(&self.root).unwrap_or(path).display().to_string();
-        self.chance.event(&format!("{what} {shown}"), bytes);
+        // The reason of a fence names the directory, which is another one in each run.
+        self.chance.event(&format!("{what} {shown}"), if shown.starts_with("fenced") { &[] } else { bytes });
         match &mut state.cut_in {
             Some(0) => self.cut(&mut state),
             Some(left) => *left -= 1,
@@ -325,6 +330,10 @@ impl SimDisk {
         self.up(&state)?;
         Ok(state)
     }
+}
+
+fn in_log(path: &Path) -> bool {
+    path.parent().is_some_and(|dir| dir.ends_with("log"))
 }
 
 fn missing() -> io::Error {
@@ -478,7 +487,7 @@ impl DiskFile for SimFile {
                 return Err(io::Error::from_raw_os_error(libc::ENOSPC));
             }
         }
-        if self.path.parent().is_some_and(|dir| dir.ends_with("log")) {
+        if in_log(&self.path) {
             self.disk.nonces.written(self.node, &state.nodes[&self.node].seen, offset, taken);
         }
         self.change(&mut state, Change::Write(offset, taken.to_vec()))?;

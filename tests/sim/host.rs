@@ -142,7 +142,6 @@ impl Host {
             }
             if chance.per_mille(rough) {
                 self.disk.cut_within(60);
-                chance.fault("power cut");
             }
             if chance.one_in(2000 / rough) {
                 self.disk.fail_next_sync();
@@ -168,8 +167,9 @@ impl Host {
         if !wait || self.down() {
             return false;
         }
-        let (disk, told, strict) = (self.disk.clone(), self.told.clone(), self.sizes.protection);
+        let (disk, told, level) = (self.disk.clone(), self.told.clone(), self.sizes.protection);
         let (chance, answered) = (self.world.chance.clone(), Arc::new(Mutex::new(None)));
+        let account = Arc::downgrade(durable);
         let answer = answered.clone();
         durable.wait(
             commit,
@@ -179,7 +179,8 @@ impl Host {
                 if heard {
                     let mut told = told.lock().unwrap();
                     told.acked = told.acked.max(commit.0);
-                    if strict == Protection::Strict {
+                    let in_sync = || account.upgrade().is_some_and(|account| account.snapshot().in_sync);
+                    if level == Protection::Strict || (level == Protection::Available && in_sync()) {
                         told.remote = told.remote.max(commit.0);
                     }
                 }
@@ -255,7 +256,6 @@ impl Host {
         self.link.cut();
         if !self.disk.is_down() && self.world.chance.one_in(2) {
             self.disk.cut_now();
-            self.world.chance.fault("power cut");
         } else if !self.disk.is_down() {
             self.world.chance.fault("kill");
         }

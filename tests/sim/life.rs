@@ -22,6 +22,7 @@ impl Run {
         if let Some((_, model)) = self.history.last() {
             self.model = model.clone();
         }
+        self.may_have_failed();
         if let Err(difference) = self.crash() {
             self.tell(&difference);
         }
@@ -74,6 +75,9 @@ impl Run {
         for n in 0..TRIES {
             if rot.is_none() && self.host.sizes.rough > 0 && self.host.world.chance.one_in(10) {
                 rot = self.host.disk.rot();
+            }
+            if self.host.sizes.rough > 0 && self.host.world.chance.one_in(4) {
+                self.host.disk.cut_within(40); // also what mends a crash can be cut off
             }
             let opened = self.host.rise();
             if opened.is_err() && self.host.disk.is_down() {
@@ -131,6 +135,18 @@ impl Run {
             _ => false,
         };
         if good && n + 1 < TRIES { Ok(()) } else { Err(format!("home does not open: {error}")) }
+    }
+
+    /// A home whose machine is up has failed: only a failing sync, or damage, is a reason, and nobody has fenced it.
+    fn may_have_failed(&self) {
+        let failure = self.host.home().fs.failure();
+        if let Some(reason) = failure.filter(|_| !self.host.disk.is_down()) {
+            let faults = self.host.world.chance.faults();
+            let good = faults.contains_key("failing sync") || faults.contains_key("damaged answer");
+            if !good || reason.contains("FENCED") {
+                self.tell(&format!("home failed: {reason}"));
+            }
+        }
     }
 
     fn stale_lists(&self) -> u64 {

@@ -89,7 +89,11 @@ impl Run {
                         host.down() || host.home().durable().is_some_and(|durable| durable.fenced().is_some())
                     });
                 }
-                Err(Error::Refused(why)) if why.contains("does not hold the end") => return Ok(()),
+                Err(Error::Refused(why))
+                    if why.contains("does not hold the end") || why.contains("FENCED") =>
+                {
+                    return Ok(());
+                }
                 Err(_) => {}
             }
             self.host.fall();

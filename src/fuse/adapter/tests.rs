@@ -203,7 +203,8 @@ fn a_panic_before_a_change_is_an_error_of_that_request_alone() {
     // The clock is asked first when a change begins: nothing is changed yet.
     kernel.clocks[0].0.store(1, Ordering::SeqCst);
     assert_eq!(kernel.mkdir("a-name"), EIO);
-    kernel.said(&["mkdir at inode 1, name 'a-name'", "burnt down"]);
+    let said = kernel.said(&["mkdir at inode 1", "burnt down"]);
+    assert!(!said.contains("a-name"), "names are not for everybody: {said}");
     kernel.works();
     assert_eq!(kernel.mkdir("a-name"), 0, "it did not happen, and can be asked again");
     kernel.clocks[0].0.store(1, Ordering::SeqCst);
@@ -235,7 +236,7 @@ fn panics_around_the_file_system_are_caught_as_well() {
     // In the adapter itself, before any operation begins.
     kernel.clocks[1].0.store(1, Ordering::SeqCst);
     assert_eq!(kernel.ask(LOOKUP, 1, b"name\0").0, EIO);
-    kernel.said(&["lookup at inode 1, name 'name'"]);
+    kernel.said(&["lookup at inode 1"]);
     kernel.backend.panics.store(1, Ordering::SeqCst);
     for opcode in [STATFS, FSYNC] {
         assert_eq!(kernel.ask(opcode, 1, &[0; 16]).0, EIO);
