@@ -350,9 +350,10 @@ impl Parts<'_> {
         let free_bytes = watch_space(&fs, self.dir, self.runtime, self.options.settings.dirty_max);
         let _ = shipper.fs.set(Arc::downgrade(&fs)); // set once, here
         let latched = Arc::downgrade(&fs);
-        let dir = self.dir.clone();
+        let dir = Arc::downgrade(self.dir); // the account can outlive the volume by a moment
         durable.on_fence(Box::new(move |reason| {
-            if let Err(e) = dir.write_atomic(FENCED, reason.as_bytes()) {
+            let noted = dir.upgrade().map_or(Ok(()), |dir| dir.write_atomic(FENCED, reason.as_bytes()));
+            if let Err(e) = noted {
                 ::log::error!("that this host is fenced cannot be noted for the next start: {e}");
             }
             if let Some(fs) = latched.upgrade() {
