@@ -44,7 +44,7 @@ impl Run {
         both.into_iter().flatten().filter(|commit| *commit >= least).collect()
     }
 
-    fn shown_after(&self, commit: u64) -> Model {
+    pub(super) fn shown_after(&self, commit: u64) -> Model {
         match commit {
             0 => Model::new(self.now), // nothing was committed: the root is made at the opening
             _ => self.at(commit).clone(),

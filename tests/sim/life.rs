@@ -190,7 +190,7 @@ impl Run {
                 }
                 _ => {}
             }
-            let model = self.at(shown).clone();
+            let model = self.shown_after(shown);
             let mut cookies = self.cookies.clone();
             let world = &self.host.world;
             let compared = View { world, volume: &volume, batch: 50, cookies: &mut cookies }.compare(&model);

@@ -112,7 +112,9 @@ def names(errors):
 def goes_on_after_an_upgrade(home, supervisor):
     status = run(program(), "upgrade", "--json", home.point)
     before, home.pid = home.pid, serving(home, before=home.pid)
-    check(parent(home.pid) == supervisor and before != home.pid and status, "after an upgrade the supervisor has the new daemon")
+    check(before != home.pid and status, "an upgrade gives another daemon")
+    # Until the old daemon has ended, it is the parent.
+    wait_until(lambda: parent(home.pid) == supervisor, 10, "after an upgrade the supervisor has the new daemon")
     took = kill(home)
     check(alive(supervisor), f"which it replaces after a crash too ({took:.2f} s)")
 
