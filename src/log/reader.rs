@@ -253,6 +253,9 @@ impl FrameReader {
         let mut dead = self.dead.lock();
         let segments: BTreeSet<Seq> =
             dead.ranges.keys().copied().filter(|seq| self.ranges.contains(*seq)).collect();
+        if segments.is_empty() {
+            return;
+        }
         // A power cut may give a file its old name in `log/` back, where nothing may have holes.
         let groups: BTreeSet<PathBuf> =
             segments.iter().filter_map(|seq| Some(self.dir.cache_path(*seq).parent()?.to_owned())).collect();
