@@ -16,7 +16,7 @@ use crate::tree::memtable::{Levels, weight};
 use crate::tree::value::{Body, Inode};
 use crate::types::{CommitNo, Ino, Timestamp};
 use parking_lot::{Condvar, MutexGuard};
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
 use std::time::Duration;
@@ -104,7 +104,8 @@ pub(super) struct State {
     /// Runs that have become whole records and can be sealed early.
     pub full: VecDeque<(Ino, u64)>,
     pub lookups: Lookups,
-    pub orphans: HashSet<Ino>,
+    /// In order, so that what frees them does the same things in each simulated run of a seed.
+    pub orphans: BTreeSet<Ino>,
     /// Bytes of sparse files that are not holes: counted when first asked for, then kept up to date by writes.
     pub allocated: HashMap<Ino, u64>,
     pub waiting_for_space: Vec<Box<dyn FnOnce() + Send>>,

@@ -362,7 +362,7 @@ impl FrameReader {
         }
     }
 
-    async fn fetch_claimed(&self, ptrs: &HashSet<FramePtr>) -> Result<()> {
+    async fn fetch_claimed(&self, ptrs: &BTreeSet<FramePtr>) -> Result<()> {
         let store = self.store.as_ref().ok_or_else(|| {
             let names: Vec<String> = ptrs.iter().take(1).map(|ptr| segment_name(ptr.seq)).collect();
             Error::Refused(format!("{} is not on this host, and no store was given", names.join(", ")))
@@ -490,7 +490,7 @@ struct InFlight {
 /// Frames that one fetch asks for; released when it is done, has failed, or was given up.
 struct Claim<'a> {
     in_flight: &'a InFlight,
-    ptrs: HashSet<FramePtr>,
+    ptrs: BTreeSet<FramePtr>,
 }
 
 impl InFlight {

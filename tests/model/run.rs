@@ -355,8 +355,9 @@ impl Run {
         // Which number the whiteout got can only be asked.
         let mut whiteout = Ino(0);
         if found.is_ok() && flags & libc::RENAME_WHITEOUT != 0 {
-            let left = self.fs(|fs| fs.lookup(from.0, &from.1));
-            let left = left.map_err(|errno| format!("lookup of the whiteout: errno {errno}"))?;
+            // At once, before a commit can have the rename: what was just made needs nothing from the store.
+            let left = self.host.home().fs.lookup(from.0, &from.1);
+            let left = left.map_err(|error| format!("lookup of the whiteout: {error}"))?;
             if left.inode.kind() == FileType::CharDevice && !self.used.contains(&left.ino) {
                 whiteout = left.ino;
                 self.born(whiteout)?;
