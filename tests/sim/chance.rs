@@ -9,6 +9,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::runtime::Handle;
+use tokio::time::Instant;
 
 /// See the module.
 #[derive(Clone)]
@@ -92,10 +93,19 @@ impl Random for Chance {
     }
 }
 
-/// The runtime's paused time. The wall clock is set by the run.
+/// The runtime's paused time, from 0 on: rounding must not depend on when the process began. The wall clock is set by
+/// the run.
 pub struct SimClock {
-    pub handle: Handle,
+    handle: Handle,
+    start: Instant,
     pub wall: Mutex<Timestamp>,
+}
+
+impl SimClock {
+    pub fn new(handle: &Handle, wall: Timestamp) -> SimClock {
+        let _context = handle.enter();
+        SimClock { handle: handle.clone(), start: Instant::now(), wall: Mutex::new(wall) }
+    }
 }
 
 impl Clock for SimClock {
@@ -105,17 +115,6 @@ impl Clock for SimClock {
 
     fn monotonic(&self) -> Duration {
         let _context = self.handle.enter();
-        // The paused clock starts where the runtime was made; only differences count.
-        tokio::time::Instant::now().into_std().duration_since(epoch())
+        Instant::now().duration_since(self.start)
     }
-}
-
-fn epoch() -> std::time::Instant {
-    static EPOCH: std::sync::OnceLock<std::time::Instant> = std::sync::OnceLock::new();
-    *EPOCH.get_or_init(embassy_epoch)
-}
-
-#[allow(clippy::disallowed_methods)] // an arbitrary instant before any run
-fn embassy_epoch() -> std::time::Instant {
-    std::time::Instant::now()
 }

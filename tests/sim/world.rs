@@ -37,7 +37,7 @@ impl World {
         count_panics();
         let dir = tempfile::tempdir().unwrap();
         let runtime = Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
-        let clock = Arc::new(SimClock { handle: runtime.handle().clone(), wall: Mutex::new(now) });
+        let clock = Arc::new(SimClock::new(runtime.handle(), now));
         let chance = Chance::new(seed);
         let store = SimStore::new(chance.clone(), clock.clone());
         let params = InitParams {
