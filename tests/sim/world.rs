@@ -14,8 +14,8 @@ use embassyfs::ops::init::{InitParams, init};
 use embassyfs::replica::Io;
 use embassyfs::replica::volume::Volume;
 use embassyfs::types::Timestamp;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
 
