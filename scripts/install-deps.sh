@@ -11,7 +11,8 @@ case $purpose in
     demo) wanted="$wanted git:git" ;;
     test)
         wanted="$wanted c++:g++ git:git python3:python3 rsync:rsync setfacl:acl setcap:libcap2-bin"
-        wanted="$wanted postgres:postgresql stress-ng:stress-ng dbench:dbench fio:fio mkfs.ext4:e2fsprogs losetup:mount"
+        wanted="$wanted postgres:postgresql stress-ng:stress-ng dbench:dbench fio:fio mkfs.ext4:e2fsprogs losetup:mount ip:iproute2"
+        wanted="$wanted ssh-keygen:openssh-client"
         ;;
     bench) wanted="$wanted git:git python3:python3 gocryptfs:gocryptfs postgres:postgresql" ;;
     *) fail "usage: install-deps.sh [demo|test|bench]" ;;

@@ -140,8 +140,8 @@ def timed(call):
 class Helper:
     """A program of ours beside the case, in a process of its own: orders and answers are lines of JSON."""
 
-    def __init__(self, script, *words):
-        command = [sys.executable, script, *words]
+    def __init__(self, script, *words, inside=()):
+        command = [*inside, sys.executable, script, *words]
         self.process = subprocess.Popen(
             [str(c) for c in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -195,8 +195,10 @@ class Mount:
 class Volume:
     """A volume in a store, its keys, and the mounts made of it."""
 
-    def __init__(self, directory, url=None, env=None):
+    def __init__(self, directory, url=None, env=None, inside=()):
         self.directory = Path(directory)
+        # The words with which a command is run where the store can be reached, such as in a network namespace.
+        self.inside = list(inside)
         self.store_dir = self.directory / "store"
         self.url = url or f"file://{self.store_dir}"
         self.env = env or {}
@@ -208,12 +210,13 @@ class Volume:
         return self.keys / f"{role}.key"
 
     def init(self, *more, ok=True):
-        return run(program(), "init", "--store", self.url, "--keys", self.keys, *more, env=self.env, ok=ok)
+        return run(*self.inside, program(), "init", "--store", self.url, "--keys", self.keys, *more, env=self.env, ok=ok)
 
-    def at(self, url, env=None):
-        """The same volume and keys, reached through another URL or another endpoint."""
+    def at(self, url, env=None, inside=None):
+        """The same volume and keys, reached through another URL, another endpoint or from another place."""
         other = Volume.__new__(Volume)
-        other.__dict__.update(self.__dict__, url=url, env={**self.env, **(env or {})})
+        inside = self.inside if inside is None else list(inside)
+        other.__dict__.update(self.__dict__, url=url, env={**self.env, **(env or {})}, inside=inside)
         if url.startswith("file://"):
             other.store_dir = Path(url.removeprefix("file://"))
         return other
@@ -225,7 +228,7 @@ class Volume:
             raise Failed(f"{point} is mounted already")
         point.mkdir(exist_ok=True)
         Path(state).mkdir(parents=True, exist_ok=True)
-        command = [program(), "mount", "--store", self.url, "--state", state]
+        command = [*self.inside, program(), "mount", "--store", self.url, "--state", state]
         command += ["--key", self.key("reader" if read_only else "writer")]
         command += ["--read-only"] if read_only else []
         command += ["-o", ",".join(options)] if options else []
@@ -247,10 +250,12 @@ class Volume:
         return self.mount(name, state, *more, read_only=True, **how)
 
     def versions(self):
-        done = run(
-            program(), "versions", "--store", self.url, "--key", self.key("reader"), "--json", env=self.env
-        )
-        return json.loads(done.stdout)
+        return json.loads(self.ask("versions", "--json").stdout)
+
+    def ask(self, command, *words, role="reader", limit=120, ok=True):
+        """A command that works on the store, with a key."""
+        store = ["--store", self.url, "--key", self.key(role)]
+        return run(*self.inside, program(), command, *store, *words, limit=limit, ok=ok, env=self.env)
 
     def objects(self):
         """The names of the objects in a directory store."""
@@ -283,9 +288,9 @@ def free_port():
         return s.getsockname()[1]
 
 
-def s3_environment(port):
+def s3_environment(port, host="127.0.0.1"):
     """What the usual AWS variables say about the server on `port`."""
-    endpoint = f"http://127.0.0.1:{port}"
+    endpoint = f"http://{host}:{port}"
     return {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ENDPOINT": endpoint,
@@ -297,8 +302,9 @@ def s3_environment(port):
 
 
 @contextlib.contextmanager
-def s3_server(directory):
-    """An S3 server on loopback with the bucket `land`; gives (directory of the objects, port)."""
+def s3_server(directory, inside=()):
+    """An S3 server on loopback with the bucket `land`; gives (directory of the objects, port). `inside`: as in
+    `Volume`."""
     root = empty_dir(Path(directory) / "s3")
     (root / "land").mkdir()
     binary = os.environ.get("S3S_FS") or run(REPO / "scripts" / "s3.sh", "path").stdout.strip()
@@ -306,7 +312,7 @@ def s3_server(directory):
     credentials = s3_environment(port)
     with open(Path(directory) / "s3.log", "ab") as log:
         server = subprocess.Popen(
-            [binary, "--host", "127.0.0.1", "--port", str(port)]
+            [*inside, binary, "--host", "127.0.0.1", "--port", str(port)]
             + ["--access-key", credentials["AWS_ACCESS_KEY_ID"]]
             + ["--secret-key", credentials["AWS_SECRET_ACCESS_KEY"], str(root)],
             stdin=subprocess.DEVNULL,
@@ -315,7 +321,7 @@ def s3_server(directory):
             env={**os.environ, "RUST_LOG": "warn"},
         )
     try:
-        wait_until(lambda: listens(port), 20, "the S3 server listens")
+        wait_until(lambda: listens(port, inside), 20, "the S3 server listens")
         yield root, port
     finally:
         server.terminate()
@@ -325,8 +331,11 @@ def s3_server(directory):
             server.kill()
 
 
-def listens(port):
-    """Whether something accepts connections on `port`."""
+def listens(port, inside=()):
+    """Whether something accepts connections on `port` of the loopback there."""
+    if inside:
+        look = f"import socket; socket.create_connection(('127.0.0.1', {port}), 1)"
+        return run(*inside, sys.executable, "-c", look, ok=None).returncode == 0
     with socket.socket() as s:
         s.settimeout(1)
         return s.connect_ex(("127.0.0.1", port)) == 0

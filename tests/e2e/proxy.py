@@ -184,10 +184,10 @@ class Link:
         return True
 
 
-async def serve(target):
+async def serve(target, host):
     """Says its port, then does what the lines on standard input say."""
     link, loop = Link(target), asyncio.get_running_loop()
-    server = await asyncio.start_server(link.accept, "127.0.0.1", 0, limit=PIECE, backlog=256)
+    server = await asyncio.start_server(link.accept, host, 0, limit=PIECE, backlog=256)
     print(json.dumps({"port": server.sockets[0].getsockname()[1]}), flush=True)
 
     def listen():
@@ -203,12 +203,13 @@ async def serve(target):
 
 
 class Proxy:
-    """The proxy as a case sees it: listens on `port`, forwards to the port `target`."""
+    """The proxy as a case sees it: listens on `port` of `host`, forwards to the port `target`. `inside`: the words with
+    which a command is run where it is to be."""
 
-    def __init__(self, target):
+    def __init__(self, target, host="127.0.0.1", inside=()):
         from harness import Helper
 
-        self.helper = Helper(__file__, target)
+        self.helper = Helper(__file__, target, host, inside=inside)
         self.port = self.helper.first["port"]
 
     def set(self, mode, delay=0.0, rate=None, open="reset"):
@@ -230,4 +231,4 @@ class Proxy:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(int(sys.argv[1])))
+    asyncio.run(serve(int(sys.argv[1]), sys.argv[2]))
