@@ -2,20 +2,22 @@
 //! Invariant: `status` never waits; what else is asked ends within the time it is given.
 
 use super::exit::{ExitCode, Failure};
+use super::options::{At, parse_at};
 use super::seam::{OpenRequest, Served};
 use crate::clock::Env;
 use crate::fuse::adapter::{self, Ended, Ready};
 use crate::fuse::connection::{Connection, Switch};
 use crate::fuse::control_dir::ControlDir;
+use crate::fuse::past::Past;
 use crate::fuse::serve::{Backend, Requests};
-use crate::log;
+use crate::log::{self, Error};
 use crate::ops::control::Control;
 use crate::ops::requests::Watch;
 use crate::ops::status::{CommitPoint, Status};
-use crate::replica::Predecessor;
 use crate::replica::durable::Protection;
 use crate::replica::volume::Volume;
-use crate::types::{CommitNo, FramePtr};
+use crate::replica::{Predecessor, Version};
+use crate::types::{CommitNo, FramePtr, Timestamp};
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -212,6 +214,42 @@ impl Session {
     pub fn new(control: Arc<MountControl>, runtime: Runtime) -> Session {
         Session { control, runtime }
     }
+
+    /// How older versions are opened beside the one that is mounted.
+    fn past(&self, requests: &Arc<Requests>) -> Past {
+        // What is open must not keep the volume from being closed.
+        let (volume, requests) = (Arc::downgrade(&self.control.volume), Arc::downgrade(requests));
+        Past::new(Box::new(move |name| {
+            let (volume, requests, name) = (volume.upgrade(), requests.upgrade(), name.to_owned());
+            Box::pin(async move {
+                let (Some(volume), Some(requests)) = (volume, requests) else { return Err(libc::ESTALE) };
+                let version = past_version(&name, Env::system().clock.now())?;
+                match volume.version(version).await {
+                    Ok((fs, commit, _)) => {
+                        ::log::info!("at/{name}: commit {}", commit.0);
+                        Ok(requests.beside(fs))
+                    }
+                    Err(Error::Refused(why)) => {
+                        ::log::info!("at/{name}: {why}");
+                        Err(libc::ENOENT)
+                    }
+                    Err(e) => {
+                        ::log::error!("at/{name}: {e}");
+                        Err(libc::EIO)
+                    }
+                }
+            })
+        }))
+    }
+}
+
+/// What a name in `at` means. A time to come has no version yet, and would have another one later.
+fn past_version(name: &str, now: Timestamp) -> Result<Version, i32> {
+    match parse_at(name) {
+        Ok(At::Commit(no)) => Ok(Version::Commit(no)),
+        Ok(At::Time(time)) if time <= now => Ok(Version::Time(time)),
+        _ => Err(libc::ENOENT),
+    }
 }
 
 impl Served for Session {
@@ -233,7 +271,8 @@ impl Served for Session {
         let backend: Arc<dyn Backend> = self.control.clone();
         let requests = Requests::new(self.control.volume.fs.clone(), backend, self.runtime.handle().clone());
         let clock = Env::system().clock;
-        let shown = ControlDir::new(control, clock.clone());
+        let past = self.past(&requests);
+        let shown = (ControlDir::new(control, clock.clone()), past);
         adapter::serve(requests, connection, switch, clock, shown, ready)
             .map_err(|e| Failure::from_error(ExitCode::Failed, "serving the kernel", &e))
     }

@@ -20,8 +20,8 @@ pub const NAME: &str = ".embassyfs";
 const FIRST: u64 = 1 << 62;
 /// The directory itself.
 pub const DIRECTORY: Ino = Ino(FIRST);
-/// Snapshots of files begin here; what lies between is for directories to come, such as `at/` for versions.
-const FIRST_SNAPSHOT: u64 = FIRST + (1 << 56);
+/// Snapshots of files begin here; what lies between belongs to [`super::past`].
+pub(super) const FIRST_SNAPSHOT: u64 = FIRST + (1 << 56);
 /// Snapshots kept. The oldest goes first; the kernel forgets each soon after it was read.
 const SNAPSHOTS_MAX: usize = 256;
 

@@ -10,5 +10,6 @@ pub mod gate;
 pub mod mount;
 mod pace;
 pub mod pass;
+pub mod past;
 pub mod serve;
 pub mod table;

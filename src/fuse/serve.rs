@@ -79,6 +79,17 @@ impl Requests {
         Arc::new(Requests { fs, backend, pool, gate: Arc::new(Gate::new()) })
     }
 
+    /// Requests over another file system of the same mount, behind the same gate: an older version.
+    pub fn beside(&self, fs: Arc<Fs>) -> Arc<Requests> {
+        let (backend, pool, gate) = (self.backend.clone(), self.pool.clone(), self.gate.clone());
+        Arc::new(Requests { fs, backend, pool, gate })
+    }
+
+    /// Where what has to wait is carried out.
+    pub(super) fn pool(&self) -> &Handle {
+        &self.pool
+    }
+
     /// The gate in front of them.
     pub(super) fn gate(&self) -> &Arc<Gate> {
         &self.gate

@@ -6,6 +6,7 @@ mod io;
 pub mod listing;
 mod opening;
 mod orphans;
+mod past;
 mod predecessor;
 mod proof;
 pub mod uploader;

@@ -90,7 +90,9 @@ pub struct Volume {
     pub store: Arc<dyn Store>,
     /// Version shown, for a reader.
     pub opened: Option<(CommitNo, Timestamp)>,
-    reader: Arc<FrameReader>,
+    pub(super) reader: Arc<FrameReader>,
+    pub(super) ctx: Arc<VolumeContext>,
+    pub(super) env: Env,
     runtime: Io,
     /// What only a writer has.
     home: Option<Home>,
@@ -168,15 +170,15 @@ impl Volume {
             before,
             store: reached,
             dir: &dir,
-            ctx,
+            ctx: ctx.clone(),
             reader: &reader,
             runtime,
             settings,
         };
         let (fs, home) =
             if options.settings.read_only { parts.reader(opened) } else { parts.writer(opened)? };
-        let runtime = runtime.clone();
-        Ok(Volume { fs, superblock, dir, store, opened: shown, reader, runtime, home })
+        let (runtime, env) = (runtime.clone(), options.env.clone());
+        Ok(Volume { fs, superblock, dir, store, opened: shown, reader, ctx, env, runtime, home })
     }
 
     /// The account of what is durable where; none for a reader.

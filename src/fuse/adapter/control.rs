@@ -3,10 +3,12 @@
 //! in its place; and nothing here waits, so that it answers whatever the volume waits for.
 
 use super::convert::blank;
+use super::past::PastDir;
 use super::reply::{self, GENERATION, TTL};
 use super::{Adapter, ino};
 use crate::fuse::control_dir::{ControlDir, DIRECTORY, Snapshot, is_entry, owns};
 use crate::fuse::mount::own_ids;
+use crate::fuse::past::{self, AT, Past};
 use crate::fuse::serve::Requests;
 use crate::types::{Ino, Timestamp};
 use fuser::{
@@ -29,14 +31,17 @@ const REFUSED: i32 = libc::EPERM;
 pub(super) struct WithControlDir {
     volume: Adapter,
     dir: ControlDir,
+    past: PastDir,
     /// When the daemon started: the directory's times.
     since: Timestamp,
     owner: (u32, u32),
 }
 
 impl WithControlDir {
-    pub fn new(volume: Adapter, dir: ControlDir, since: Timestamp) -> WithControlDir {
-        WithControlDir { volume, dir, since, owner: own_ids() }
+    pub fn new(volume: Adapter, dir: ControlDir, past: Past, since: Timestamp) -> WithControlDir {
+        let owner = own_ids();
+        let past = PastDir::new(past, volume.requests.pool().clone(), owner, since);
+        WithControlDir { volume, dir, past, since, owner }
     }
 
     /// The volume's requests.
@@ -55,7 +60,7 @@ impl WithControlDir {
     }
 
     fn directory(&self) -> FileAttr {
-        FileAttr { nlink: 2, perm: 0o555, ..self.attr(DIRECTORY, FileType::Directory, self.since) }
+        FileAttr { nlink: 3, perm: 0o555, ..self.attr(DIRECTORY, FileType::Directory, self.since) }
     }
 
     fn attr(&self, ino: Ino, kind: FileType, time: Timestamp) -> FileAttr {
@@ -72,7 +77,7 @@ impl WithControlDir {
 
     /// The entries behind `offset`, with the offset behind each.
     fn entries(&self, offset: u64) -> impl Iterator<Item = (u64, &'static str)> {
-        let names = [".", ".."].into_iter().chain(self.dir.names());
+        let names = [".", "..", past::NAME].into_iter().chain(self.dir.names());
         (1..).zip(names).skip(usize::try_from(offset).unwrap_or(usize::MAX))
     }
 }
@@ -103,6 +108,12 @@ impl Filesystem for WithControlDir {
         if !owns(ino(parent)) {
             return self.volume.lookup(req, parent, name, reply);
         }
+        if past::owns(ino(parent)) {
+            return self.past.lookup(parent, name, reply);
+        }
+        if name == past::NAME {
+            return reply.entry(&TTL, &self.past.directory(), GENERATION);
+        }
         match self.look(name.as_bytes()) {
             // The name is asked for each time, the attributes of a snapshot never change.
             Ok(attr) => reply.entry_with_ttls(&TTL, &Duration::ZERO, &attr, GENERATION),
@@ -111,12 +122,19 @@ impl Filesystem for WithControlDir {
     }
 
     fn forget(&self, req: &Request, n: INodeNo, nlookup: u64) {
-        if owns(ino(n)) { self.dir.forget(ino(n), nlookup) } else { self.volume.forget(req, n, nlookup) }
+        match ino(n) {
+            n if past::owns(n) => self.past.forget(INodeNo(n.0), nlookup),
+            n if owns(n) => self.dir.forget(n, nlookup),
+            _ => self.volume.forget(req, n, nlookup),
+        }
     }
 
     fn getattr(&self, req: &Request, n: INodeNo, fh: Option<FileHandle>, reply: ReplyAttr) {
         if !owns(ino(n)) {
             return self.volume.getattr(req, n, fh, reply);
+        }
+        if past::owns(ino(n)) {
+            return self.past.getattr(n, reply);
         }
         match self.attributes(ino(n)) {
             Ok(attr) => reply.attr(&TTL, &attr),
@@ -151,6 +169,9 @@ impl Filesystem for WithControlDir {
     }
 
     fn readlink(&self, req: &Request, n: INodeNo, reply: ReplyData) {
+        if past::owns(ino(n)) {
+            return self.past.readlink(n, reply);
+        }
         self.volume.readlink(req, n, reply);
     }
 
@@ -269,6 +290,9 @@ impl Filesystem for WithControlDir {
         if !owns(ino(n)) {
             return self.volume.read(req, n, fh, offset, size, flags, owner, reply);
         }
+        if past::owns(ino(n)) {
+            return self.past.read(n, offset, size, reply);
+        }
         match self.dir.snapshot(ino(n)) {
             Ok(snapshot) => reply.data(&snapshot.read(offset, size as usize)),
             Err(e) => reply.error(Errno::from_i32(e)),
@@ -311,10 +335,14 @@ impl Filesystem for WithControlDir {
         if !owns(ino(n)) {
             return self.volume.readdir(req, n, fh, offset, reply);
         }
+        if past::owns(ino(n)) {
+            return self.past.readdir(n, offset, reply);
+        }
         for (next, name) in self.entries(offset) {
             let (number, kind) = match name {
                 "." => (INodeNo(DIRECTORY.0), FileType::Directory),
                 ".." => (INodeNo::ROOT, FileType::Directory),
+                past::NAME => (INodeNo(AT.0), FileType::Directory),
                 // A file has a number only once it is looked at; this one is nobody's.
                 _ => (INodeNo(DIRECTORY.0 + next), FileType::RegularFile),
             };
@@ -336,10 +364,14 @@ impl Filesystem for WithControlDir {
         if !owns(ino(n)) {
             return self.volume.readdirplus(req, n, fh, offset, reply);
         }
+        if past::owns(ino(n)) {
+            return self.past.readdirplus(n, offset, reply);
+        }
         for (next, name) in self.entries(offset) {
             let attr = match name {
                 "." => Ok(self.directory()),
                 ".." => Ok(FileAttr { ino: INodeNo::ROOT, ..self.directory() }),
+                past::NAME => Ok(self.past.directory()),
                 _ => self.look(name.as_bytes()),
             };
             let Ok(attr) = attr else { continue };
@@ -372,6 +404,9 @@ impl Filesystem for WithControlDir {
     }
 
     fn getxattr(&self, req: &Request, n: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        if past::owns(ino(n)) {
+            return self.past.getxattr(n, name, size, reply);
+        }
         if owns(ino(n)) {
             return reply.error(Errno::from_i32(libc::ENODATA));
         }
@@ -379,6 +414,9 @@ impl Filesystem for WithControlDir {
     }
 
     fn listxattr(&self, req: &Request, n: INodeNo, size: u32, reply: ReplyXattr) {
+        if past::owns(ino(n)) {
+            return self.past.listxattr(req, n, size, reply);
+        }
         if owns(ino(n)) {
             return reply::xattr(reply, size, Ok(Vec::new()));
         }
@@ -438,6 +476,9 @@ impl Filesystem for WithControlDir {
     fn lseek(&self, req: &Request, n: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
         if !owns(ino(n)) {
             return self.volume.lseek(req, n, fh, offset, whence, reply);
+        }
+        if past::owns(ino(n)) {
+            return self.past.lseek(n, offset, whence, reply);
         }
         // All data, up to the hole behind the end.
         let size = self.dir.snapshot(ino(n)).map_or(0, |snapshot| snapshot.bytes.len() as i64);

@@ -5,6 +5,7 @@
 mod control;
 mod convert;
 mod guard;
+mod past;
 mod reply;
 mod request;
 mod session;
@@ -17,6 +18,7 @@ use self::control::WithControlDir;
 use super::connection::{Connection, Switch};
 use super::control_dir::ControlDir;
 use super::pace::{self, Pace};
+use super::past::Past;
 use super::serve::{Requests, Served};
 use crate::clock::Clock;
 use crate::fs::{self, AclKind, Attr, CAPABILITY, Fs, NewNode, Seek, SetAttr, Strip, XattrMode};
@@ -55,13 +57,13 @@ pub fn serve(
     connection: &mut Connection,
     switch: &Switch,
     clock: Arc<dyn Clock>,
-    control: ControlDir,
+    (control, past): (ControlDir, Past),
     ready: Ready,
 ) -> io::Result<Ended> {
     let pace = Pace::start(connection.fd.as_fd(), clock.clone())?;
     let kernel = Arc::new(OnceLock::new());
     let adapter = Adapter { requests, pace, stripped: Mutex::default(), kernel: kernel.clone() };
-    let adapter = WithControlDir::new(adapter, control, clock.now());
+    let adapter = WithControlDir::new(adapter, control, past, clock.now());
     session::run(Guard(adapter), connection, switch, &kernel, ready)
 }
 

@@ -1,6 +1,9 @@
 """Every synced state can be looked at again, by its commit number and by a time."""
 
+import contextlib
 import datetime
+import errno
+import os
 import re
 import shutil
 import time
@@ -42,6 +45,45 @@ def rfc3339(seconds):
     return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).isoformat(timespec="milliseconds")
 
 
+def inside(mount, seen, where):
+    """The same states, below the control directory of a mount that shows another one."""
+    at = mount.point / ".embassyfs" / "at"
+    check(".embassyfs" not in os.listdir(mount.point), f"{where}: its listing does not show the control directory")
+    for n, (commit, when, want) in enumerate(seen):
+        for name in (str(commit), rfc3339(when)):
+            check_same(want, trees.manifest(at / name), f"{where}: at/{name} shows state {n + 1}", ignore=("ino",))
+    opened = os.open(at / str(seen[0][0]) / "large", os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            for n in range(40):
+                os.stat(at / str(n + 1))  # more versions than can be open
+        os.lseek(opened, 2_000_000, os.SEEK_SET)
+        read = os.read(opened, 500)
+        again = (at / str(seen[0][0]) / "large").read_bytes()[2_000_000:2_000_500]
+        check(read == again and len(read) == 500, f"{where}: an open file of a version stays readable")
+    finally:
+        os.close(opened)
+    for name, wanted in (("nonsense", errno.ENOENT), ("1999-01-01T00:00:00Z", errno.ENOENT),
+                         ("2999-01-01T00:00:00Z", errno.ENOENT), ("99999999", errno.ENOENT)):  # fmt: skip
+        try:
+            os.stat(at / name)
+        except OSError as error:
+            check(error.errno == wanted, f"{where}: there is no at/{name}", str(error))
+        else:
+            check(False, f"{where}: there is no at/{name}")
+    refused = (
+        lambda: (at / str(seen[0][0]) / "made").write_bytes(b""), lambda: (at / str(seen[0][0]) / "large").unlink(),
+        lambda: (at / "made").mkdir(), lambda: os.rename(mount.point / "new", at / str(seen[0][0]) / "new"),
+    )  # fmt: skip
+    for change in refused:
+        try:
+            change()
+        except OSError:
+            continue
+        check(False, f"{where}: the past cannot be changed")
+    say(f"ok  {where}: the past cannot be changed")
+
+
 def main(directory):
     volume = Volume(directory)
     volume.init()
@@ -53,6 +95,7 @@ def main(directory):
         versions = volume.versions()
         seen.append((versions[0]["commit"], time.time(), trees.manifest(home.point)))
         time.sleep(0.6)
+    inside(home, seen, "home's mount")
     home.kill()
     versions = volume.versions()
     say(f"{len(versions)} versions, of which synced states: {[commit for commit, _, _ in seen]}")
@@ -72,6 +115,7 @@ def main(directory):
             embassy.umount()
     embassy = volume.embassy()
     check_same(seen[-1][2], trees.manifest(embassy.point), "without --at it is the newest", ignore=())
+    inside(embassy, seen, "the embassy's mount")
     embassy.umount()
     for at in ("1999-01-01T00:00:00Z", "18446744073709551614", "nonsense"):
         point, done = volume.try_mount("embassy", directory / "s", "--at", at, read_only=True)

@@ -101,7 +101,7 @@ def unchangeable(point):
 def consistent(home):
     """Sizes and contents fit, and each look sees the present."""
     control = home.point / NAME
-    check(sorted(os.listdir(control)) == FILES, f"it holds {' '.join(FILES)}")
+    check(sorted(os.listdir(control)) == ["at", *FILES], f"it holds at {' '.join(FILES)}")
     shown = run("ls", "-la", control, limit=20).stdout
     check(all(name in shown for name in FILES) and "?" not in shown, "ls -la shows it in full")
     for name in FILES:
