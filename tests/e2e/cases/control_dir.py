@@ -212,7 +212,7 @@ def as_others(volume):
     for _ in range(3):
         check(json.loads((home.point / NAME / "status").read_text())["role"] == "writer", "with relatime as well")
     with_other = subprocess.run(["find", home.point / NAME], capture_output=True, text=True, timeout=20, check=True)
-    check(len(with_other.stdout.splitlines()) == 4, "find lists it when asked by name")
+    check(len(with_other.stdout.splitlines()) == 5, "find lists it when asked by name")
     home.umount()
 
 
