@@ -7,6 +7,7 @@ use embassyfs::disk::FileRef;
 use embassyfs::store::fault::{FaultStore, Faults};
 use embassyfs::store::local::LocalStore;
 use embassyfs::store::memory::MemoryStore;
+use embassyfs::store::remote::RemoteStore;
 use embassyfs::store::retry::{RetryPolicy, RetryStore};
 use embassyfs::store::{ObjectInfo, Store, StoreError, open, reachable};
 use embassyfs::types::hex;
@@ -211,6 +212,13 @@ async fn suite(store: Arc<dyn Store>, kind: Kind) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn memory_keeps_the_contract() {
     suite(Arc::new(MemoryStore::new()), Kind::Full).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn who_looks_first_keeps_all_of_the_contract_but_the_race() {
+    let bucket = Arc::new(object_store::memory::InMemory::new());
+    let store = RemoteStore::new(bucket, "a/volume", "mem://".into()).expect("a prefix").look_first();
+    suite(Arc::new(store), Kind::TestServer).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]

@@ -219,7 +219,8 @@ async fn probe(store: &dyn Store, env: &Env) -> Result<Vec<String>, InitError> {
 async fn probe_again(store: &dyn Store, name: &str, first: &Bytes, second: Bytes) -> Result<(), InitError> {
     let unfit = |detail: &str| InitError::StoreUnfit { store: store.describe(), detail: detail.to_owned() };
     let overwrites = "it overwrote an object that was to be created only if absent, so two writers could destroy \
-                      each other's data; use a store with conditional writes (If-None-Match), or switch them on";
+                      each other's data; use a store with conditional writes (If-None-Match), or switch them on; where there are \
+                      none, put_if_absent=emulated says that you know what is weaker then (operations.md)";
     match store.put_new(name, second).await {
         Ok(()) => return Err(unfit(overwrites)),
         Err(StoreError::AlreadyExists { .. }) => {}

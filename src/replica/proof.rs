@@ -101,7 +101,8 @@ impl ProvenStore {
                 name,
                 "the store overwrites objects that are to be created only if absent (it took this one, which is \
                  there, a second time), so two writers could destroy each other's data. Nothing is written to it; \
-                 use a store with conditional writes (If-None-Match), or switch them on",
+                 use a store with conditional writes (If-None-Match), or switch them on; where there are none, the store \
+                 option put_if_absent=emulated says that you know what is weaker then (operations.md)",
             )),
             Err(error) => return Err(error),
         })

@@ -20,6 +20,9 @@ const FORMS: &str =
     "use file:///directory, /directory, s3://bucket/prefix, az://container/prefix or gs://bucket/prefix";
 /// The option that names a file with credentials, which is read again when it changes. S3 only.
 pub const CREDENTIALS: &str = "credentials";
+/// The option that says that the store has no put if absent, and that its user knows what is weaker then; its only value
+/// is `emulated`. S3 only.
+pub const PUT_IF_ABSENT: &str = "put_if_absent";
 const CONNECT_TIMEOUT: &str = "5s";
 /// Longer than the store adapter's own bounds, which know how much a request moves, for the largest of bodies.
 const CLIENT_TIMEOUT: &str = "200000s";
@@ -60,11 +63,16 @@ fn opened(
                 "az" => azure(&place, options)?,
                 _ => google(&place, options)?,
             };
-            Arc::new(RemoteStore::new(bucket, &place.prefix, place.url)?)
+            let store = RemoteStore::new(bucket, &place.prefix, place.url)?;
+            Arc::new(if emulates(options) { store.look_first() } else { store })
         }
         _ => return Err(bad_url(url)),
     };
     Ok(Arc::new(RetryStore::new(store, Env::system(), RetryPolicy::default())))
+}
+
+fn emulates(options: &BTreeMap<String, String>) -> bool {
+    spelled(options).any(|(key, _)| key == PUT_IF_ABSENT)
 }
 
 /// Where in the cloud.
@@ -154,6 +162,15 @@ fn s3(place: &Place, options: &BTreeMap<String, String>) -> Result<Arc<dyn Objec
         .with_config(Client(ClientConfigKey::ConnectTimeout), CONNECT_TIMEOUT)
         .with_config(Client(ClientConfigKey::Timeout), CLIENT_TIMEOUT);
     for (key, value) in spelled(options) {
+        if key == PUT_IF_ABSENT {
+            if value != "emulated" {
+                let why = format!(
+                    "{PUT_IF_ABSENT}={value}: the only value is `emulated`, for a store that has none"
+                );
+                return Err(StoreError::denied(&place.url, why));
+            }
+            continue;
+        }
         if key == CREDENTIALS {
             let file = FileCredentials::open(value.as_ref());
             let file = file.map_err(|why| StoreError::denied(&place.url, format!("credentials: {why}")))?;
@@ -177,7 +194,7 @@ fn s3(place: &Place, options: &BTreeMap<String, String>) -> Result<Arc<dyn Objec
     }
     let bucket = builder
         .with_bucket_name(&place.bucket)
-        // Never switched off: the chain's fencing stands on it.
+        // The chain's fencing stands on it; only who says that there is none goes without.
         .with_conditional_put(S3ConditionalPut::ETagMatch)
         .with_retry(no_retries())
         .build()
@@ -267,6 +284,9 @@ mod tests {
     #[test]
     fn options_are_checked() {
         assert!(refusal("s3://b/p", &[("regoin", "x")]).contains("`regoin`"));
+        assert!(refusal("s3://b/p", &[(PUT_IF_ABSENT, "off")]).contains("`emulated`"));
+        let emulated = open("s3://b/p", &options(&[(PUT_IF_ABSENT, "emulated")])).unwrap();
+        assert_eq!(emulated.describe(), "s3://b/p (put if absent is emulated)");
         assert!(refusal("/srv/x", &[("region", "x")]).contains("`region`"));
         let plain = ("endpoint", "http://store.example:9000");
         assert!(refusal("s3://b/p", &[plain]).contains("allow_http"));

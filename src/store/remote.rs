@@ -31,6 +31,8 @@ pub struct RemoteStore {
     /// Empty, or the volume's place in the bucket, ending with `/`.
     prefix: String,
     url: String,
+    /// The store knows no put if absent, and its user has said that he knows: look, then put.
+    looks_first: bool,
 }
 
 impl RemoteStore {
@@ -39,7 +41,13 @@ impl RemoteStore {
         let prefix = prefix.trim_matches('/');
         let path = Path::parse(prefix).map_err(|error| StoreError::denied(&url, error))?;
         let prefix = if prefix.is_empty() { String::new() } else { format!("{path}/") };
-        Ok(RemoteStore { inner, prefix, url })
+        Ok(RemoteStore { inner, prefix, url, looks_first: false })
+    }
+
+    /// For a store without put if absent: whether the name is free is looked up before each put. Of two writers that put
+    /// the same name within that moment both are told that they were first; everything else holds.
+    pub fn look_first(self) -> RemoteStore {
+        RemoteStore { looks_first: true, ..self }
     }
 
     fn path(&self, name: &str) -> Result<Path, StoreError> {
@@ -54,7 +62,15 @@ impl RemoteStore {
     async fn put(&self, name: &str, body: Bytes) -> Result<(), StoreError> {
         let path = self.path(name)?;
         let len = body.len() as u64;
-        let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+        let mode = if self.looks_first { PutMode::Overwrite } else { PutMode::Create };
+        if self.looks_first {
+            match self.size(name, &path).await {
+                Ok(_) => return Err(StoreError::already_exists(name)),
+                Err(StoreError::NotFound { .. }) => {}
+                Err(other) => return Err(other),
+            }
+        }
+        let options = PutOptions { mode, ..PutOptions::default() };
         let put = self.inner.put_opts(&path, PutPayload::from(body), options);
         match bounded(name, len, put).await? {
             Ok(_) => Ok(()),
@@ -359,7 +375,10 @@ impl Store for RemoteStore {
     }
 
     fn describe(&self) -> String {
-        self.url.clone()
+        match self.looks_first {
+            true => format!("{} (put if absent is emulated)", self.url),
+            false => self.url.clone(),
+        }
     }
 }
 

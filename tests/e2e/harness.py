@@ -195,8 +195,9 @@ class Mount:
 class Volume:
     """A volume in a store, its keys, and the mounts made of it."""
 
-    def __init__(self, directory, url=None, env=None, inside=()):
+    def __init__(self, directory, url=None, env=None, inside=(), store_options=()):
         self.directory = Path(directory)
+        self.store_options = [word for option in store_options for word in ("--store-option", option)]
         # The words with which a command is run where the store can be reached, such as in a network namespace.
         self.inside = list(inside)
         self.store_dir = self.directory / "store"
@@ -210,7 +211,8 @@ class Volume:
         return self.keys / f"{role}.key"
 
     def init(self, *more, ok=True):
-        return run(*self.inside, program(), "init", "--store", self.url, "--keys", self.keys, *more, env=self.env, ok=ok)
+        where = ["--store", self.url, *self.store_options, "--keys", self.keys]
+        return run(*self.inside, program(), "init", *where, *more, env=self.env, ok=ok)
 
     def at(self, url, env=None, inside=None):
         """The same volume and keys, reached through another URL, another endpoint or from another place."""
@@ -229,7 +231,7 @@ class Volume:
         point.mkdir(exist_ok=True)
         Path(state).mkdir(parents=True, exist_ok=True)
         command = [*self.inside, program(), "mount", "--store", self.url, "--state", state]
-        command += ["--key", self.key("reader" if read_only else "writer")]
+        command += [*self.store_options, "--key", self.key("reader" if read_only else "writer")]
         command += ["--read-only"] if read_only else []
         command += ["-o", ",".join(options)] if options else []
         return point, run(*command, *more, point, limit=limit, ok=None, env=self.env)
@@ -254,7 +256,7 @@ class Volume:
 
     def ask(self, command, *words, role="reader", limit=120, ok=True):
         """A command that works on the store, with a key."""
-        store = ["--store", self.url, "--key", self.key(role)]
+        store = ["--store", self.url, *self.store_options, "--key", self.key(role)]
         return run(*self.inside, program(), command, *store, *words, limit=limit, ok=ok, env=self.env)
 
     def objects(self):
