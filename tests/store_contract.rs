@@ -7,7 +7,6 @@ use embassyfs::disk::FileRef;
 use embassyfs::store::fault::{FaultStore, Faults};
 use embassyfs::store::local::LocalStore;
 use embassyfs::store::memory::MemoryStore;
-use embassyfs::store::remote::RemoteStore;
 use embassyfs::store::retry::{RetryPolicy, RetryStore};
 use embassyfs::store::{ObjectInfo, Store, StoreError, open, reachable};
 use embassyfs::types::hex;
@@ -215,13 +214,6 @@ async fn memory_keeps_the_contract() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn who_looks_first_keeps_all_of_the_contract_but_the_race() {
-    let bucket = Arc::new(object_store::memory::InMemory::new());
-    let store = RemoteStore::new(bucket, "a/volume", "mem://".into()).expect("a prefix").look_first();
-    suite(Arc::new(store), Kind::TestServer).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_directory_keeps_the_contract() {
     let dir = tempfile::tempdir().expect("temporary directory");
     suite(Arc::new(LocalStore::new(dir.path())), Kind::Full).await;
@@ -335,6 +327,13 @@ async fn an_s3_server_keeps_the_contract() {
         let store = open(&url, &options(&keys)).expect("open");
         suite(store, Kind::TestServer).await;
     }
+    // Who looks before he puts keeps all of it but the race.
+    let emulated = [&keys[..], &[("put_if_absent", "emulated")]].concat();
+    suite(
+        open(&format!("s3://{BUCKET}/{prefix}/looks"), &options(&emulated)).expect("open"),
+        Kind::TestServer,
+    )
+    .await;
 
     let wrong = [keys[0], keys[1], ("secret_access_key", "wrong")];
     let store = open(&format!("s3://{BUCKET}"), &options(&wrong)).expect("open");
