@@ -2,9 +2,11 @@
 //! Invariant: nothing here prints or knows the command line; every operation returns a report or an error that says
 //! what was done, what was not, and the way out.
 
+pub mod changes;
 pub mod control;
 pub mod init;
 pub mod metrics;
+pub mod names;
 pub mod protection;
 pub mod requests;
 pub mod status;

@@ -9,6 +9,7 @@ mod orphans;
 mod predecessor;
 mod proof;
 pub mod uploader;
+pub mod views;
 pub mod volume;
 
 pub use opening::Version;
