@@ -17,6 +17,7 @@ mod passing;
 pub mod progress;
 pub mod reading;
 pub mod recover_key;
+pub mod restore;
 pub mod seam;
 pub mod serve;
 mod session;
@@ -74,6 +75,7 @@ enum Command {
     Status(status::StatusArgs),
     Versions(versions::VersionsArgs),
     Diff(diff::DiffArgs),
+    Restore(restore::RestoreArgs),
     RecoverKey(recover_key::RecoverKeyArgs),
     /// What a daemon starts to go on with its mount.
     #[command(hide = true)]
@@ -191,6 +193,7 @@ fn dispatch(args: Vec<OsString>) -> exit::Outcome {
         Command::Status(args) => status::run(args),
         Command::Versions(args) => versions::run(args),
         Command::Diff(args) => diff::run(args),
+        Command::Restore(args) => restore::run(args),
         Command::RecoverKey(args) => recover_key::run(args),
         Command::Man(args) => man::run(args),
         Command::MountHelper(args) => mount_helper::run(args.words),

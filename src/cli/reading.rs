@@ -16,6 +16,7 @@ use tokio::runtime::Runtime;
 /// Store, key and state directory.
 #[derive(clap::Args)]
 pub struct ReadArgs {
+    /// The store.
     #[command(flatten)]
     pub store: StoreArgs,
     /// The key file: reader.key (writer.key does as well).
