@@ -53,7 +53,8 @@ pub struct DiffArgs {
 
 /// Runs the command.
 pub fn run(args: DiffArgs) -> Outcome {
-    let within = plain_path(args.path.as_ref().map_or(b"", |path| path.as_bytes())).map_err(Failure::usage)?;
+    let within =
+        plain_path(args.path.as_ref().map_or(b"", |path| path.as_bytes())).map_err(Failure::usage)?;
     let reading = args.read.begin(Role::Reader)?;
     let views = reading.views(&[args.from, args.to])?;
     let [old, new] = views.views.as_slice() else {

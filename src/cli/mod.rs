@@ -28,6 +28,7 @@ pub mod sync;
 mod takeover;
 pub mod umount;
 pub mod upgrade;
+pub mod verify;
 pub mod versions;
 
 use crate::store::open::CREDENTIALS;
@@ -76,6 +77,7 @@ enum Command {
     Versions(versions::VersionsArgs),
     Diff(diff::DiffArgs),
     Restore(restore::RestoreArgs),
+    Verify(verify::VerifyArgs),
     RecoverKey(recover_key::RecoverKeyArgs),
     /// What a daemon starts to go on with its mount.
     #[command(hide = true)]
@@ -194,6 +196,7 @@ fn dispatch(args: Vec<OsString>) -> exit::Outcome {
         Command::Versions(args) => versions::run(args),
         Command::Diff(args) => diff::run(args),
         Command::Restore(args) => restore::run(args),
+        Command::Verify(args) => verify::run(args),
         Command::RecoverKey(args) => recover_key::run(args),
         Command::Man(args) => man::run(args),
         Command::MountHelper(args) => mount_helper::run(args.words),

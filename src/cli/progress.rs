@@ -71,6 +71,14 @@ impl Counting {
         }
     }
 
+    /// So many of so many, of a part of the work.
+    pub fn part(&mut self, what: &str, done: u64, of: u64) {
+        self.bar.tick();
+        if !self.bar.is_hidden() {
+            self.bar.set_message(format!("{what} {done} of {of}"));
+        }
+    }
+
     /// Takes the line away.
     pub fn finish(self) {
         self.bar.finish_and_clear();

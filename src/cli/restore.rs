@@ -64,8 +64,12 @@ pub struct RestoreArgs {
 
 /// Runs the command.
 pub fn run(args: RestoreArgs) -> Outcome {
-    let (dest, sources) = args.paths.split_last().ok_or_else(|| Failure::usage("PATH and DEST are missing"))?;
-    let sources: Vec<Vec<u8>> = sources.iter().map(|path| plain_path(path.as_bytes())).collect::<Result<_, _>>()
+    let (dest, sources) =
+        args.paths.split_last().ok_or_else(|| Failure::usage("PATH and DEST are missing"))?;
+    let sources: Vec<Vec<u8>> = sources
+        .iter()
+        .map(|path| plain_path(path.as_bytes()))
+        .collect::<Result<_, _>>()
         .map_err(Failure::usage)?;
     let mut names: Vec<_> = sources.iter().map(|path| path.rsplit(|b| *b == b'/').next()).collect();
     names.sort_unstable();
@@ -87,7 +91,10 @@ pub fn run(args: RestoreArgs) -> Outcome {
         print_error(&format!("{path}: {why}"));
     }
     if report.problem_count > SHOWN as u64 {
-        print_error(&format!("... and {} more; --json shows a thousand", report.problem_count - SHOWN as u64));
+        print_error(&format!(
+            "... and {} more; --json shows a thousand",
+            report.problem_count - SHOWN as u64
+        ));
     }
     print(&format!(
         "commit {commit}: {} files ({}), {} directories, {} others, {} links restored to {}; {} were there already; \

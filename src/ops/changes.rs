@@ -98,11 +98,7 @@ pub fn compare(old: &Levels<'_>, new: &Levels<'_>, fetch: Fetch<'_>, within: &[u
         keys += batch.len() as u64;
         batch.iter().try_for_each(|changed| note(&mut touched, changed))?;
     }
-    let mut told = Telling {
-        old: Names::new(old, fetch),
-        new: Names::new(new, fetch),
-        out: Vec::new(),
-    };
+    let mut told = Telling { old: Names::new(old, fetch), new: Names::new(new, fetch), out: Vec::new() };
     let mut unnamed = Vec::new();
     for (ino, touched) in &touched {
         told.names(touched)?;
@@ -126,7 +122,8 @@ fn note(touched: &mut BTreeMap<Ino, Touched>, changed: &Changed) -> Result<()> {
             touched.entry(ino).or_default().inode = Some((decode(&changed.old)?, decode(&changed.new)?));
         }
         Some(KeyRef::Dirent { dir, name }) => {
-            let decode = |value: &Option<Value>| value.as_ref().map(|value| Dirent::decode(value)).transpose();
+            let decode =
+                |value: &Option<Value>| value.as_ref().map(|value| Dirent::decode(value)).transpose();
             let (old, new) = (decode(&changed.old)?, decode(&changed.new)?);
             if old.map(|d| d.ino) == new.map(|d| d.ino) {
                 return Ok(()); // the same file in another place of the directory's order

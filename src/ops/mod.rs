@@ -13,3 +13,4 @@ pub mod reader;
 pub mod requests;
 pub mod restore;
 pub mod status;
+pub mod treecheck;

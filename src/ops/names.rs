@@ -68,7 +68,9 @@ impl<'a> Names<'a> {
         while at != Ino::ROOT && !self.directories.contains_key(&at) {
             let parent = match self.inode(at)?.map(|inode| inode.body) {
                 Some(Body::Directory { parent, .. }) if above.len() < DEPTH_MAX => parent,
-                _ => return Err(Error::corrupt(format!("inode {}", at.0), "is no directory that has a path")),
+                _ => {
+                    return Err(Error::corrupt(format!("inode {}", at.0), "is no directory that has a path"));
+                }
             };
             above.push((at, parent));
             at = parent;
@@ -124,7 +126,8 @@ impl<'a> Names<'a> {
         files: impl IntoIterator<Item = Ino>,
         likely: impl IntoIterator<Item = Ino>,
     ) -> Result<HashMap<Ino, Vec<u8>>> {
-        let mut search = Search { left: files.into_iter().collect(), found: Vec::new(), seen: HashSet::new() };
+        let mut search =
+            Search { left: files.into_iter().collect(), found: Vec::new(), seen: HashSet::new() };
         for dir in likely {
             search.look(self, dir)?;
         }
@@ -161,7 +164,9 @@ impl<'a> Names<'a> {
         let from = key::inode(Ino(ino.0.saturating_sub(NEAR).max(Ino::ROOT.0)));
         let keys = fetching(self.fetch, || self.levels.range(&from, &key::inode(ino), NEAR_KEYS))?;
         let directory = |(key, value): &(Vec<u8>, Value)| match key::parse(key) {
-            Some(KeyRef::Inode(ino)) if Inode::decode(value).is_ok_and(|i| i.kind() == FileType::Directory) => {
+            Some(KeyRef::Inode(ino))
+                if Inode::decode(value).is_ok_and(|i| i.kind() == FileType::Directory) =>
+            {
                 Some(ino)
             }
             _ => None,
@@ -198,7 +203,9 @@ pub fn shown(path: &[u8]) -> String {
         for c in chunk.valid().chars() {
             match c {
                 '\\' => out.push_str("\\\\"),
-                c if c.is_control() => c.to_string().bytes().for_each(|b| out.push_str(&format!("\\x{b:02x}"))),
+                c if c.is_control() => {
+                    c.to_string().bytes().for_each(|b| out.push_str(&format!("\\x{b:02x}")))
+                }
                 c => out.push(c),
             }
         }
@@ -214,7 +221,8 @@ pub fn is_within(path: &[u8], top: &[u8]) -> bool {
 
 /// A path as the user gives it, without slashes at its ends and without empty or `.` parts.
 pub fn plain_path(path: &[u8]) -> std::result::Result<Vec<u8>, String> {
-    let parts: Vec<&[u8]> = path.split(|b| *b == b'/').filter(|part| !part.is_empty() && *part != b".").collect();
+    let parts: Vec<&[u8]> =
+        path.split(|b| *b == b'/').filter(|part| !part.is_empty() && *part != b".").collect();
     match parts.contains(&b"..".as_slice()) {
         true => Err(format!("'{}' holds '..': give the path from the volume's root", shown(path))),
         false => Ok(parts.join(&b'/')),

@@ -54,7 +54,9 @@ impl Dir {
 
     /// The directory at a path below this one, without a symbolic link on the way.
     pub fn below(&self, path: &[u8]) -> Result<Dir> {
-        path.split(|b| *b == b'/').filter(|name| !name.is_empty()).try_fold(self.clone(), |dir, name| dir.child(name))
+        path.split(|b| *b == b'/')
+            .filter(|name| !name.is_empty())
+            .try_fold(self.clone(), |dir, name| dir.child(name))
     }
 
     /// Makes a directory that only its owner may use.

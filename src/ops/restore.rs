@@ -150,6 +150,7 @@ impl<'a> Restore<'a> {
         let name = path.rsplit(|b| *b == b'/').next().unwrap_or_default();
         let top = self.dest.clone();
         if name.is_empty() {
+            self.directories.push((Vec::new(), b".".to_vec(), found.clone()));
             return self.fill(top, Vec::new(), found.ino);
         }
         self.one(&top, &[], name, &found)
@@ -207,7 +208,9 @@ impl<'a> Restore<'a> {
                 let Some((last, _)) = entries.last() else { break };
                 cookie = last.cookie;
                 let small = entries.iter().filter(|(item, _)| item.kind == FileType::Regular);
-                if let Err(trouble) = self.reader.prefetch(small.map(|(item, _)| item.ino)).map_err(Trouble::from) {
+                if let Err(trouble) =
+                    self.reader.prefetch(small.map(|(item, _)| item.ino)).map_err(Trouble::from)
+                {
                     self.told(&path, Err(trouble))?;
                 }
                 for (item, attr) in entries {
@@ -441,7 +444,8 @@ fn is_same(dir: &Dir, name: &[u8], attr: &Attr, there: &libc::stat) -> io::Resul
         Body::Symlink { target } => dir.readlink(name)? == *target,
         Body::CharDevice(rdev) | Body::BlockDevice(rdev) => there.st_rdev == kernel_device(*rdev),
         _ => {
-            let time = (there.st_mtime, there.st_mtime_nsec) == (inode.mtime.secs, i64::from(inode.mtime.nanos));
+            let time =
+                (there.st_mtime, there.st_mtime_nsec) == (inode.mtime.secs, i64::from(inode.mtime.nanos));
             let size = inode.kind() != FileType::Regular || there.st_size.cast_unsigned() == inode.size;
             time && size && there.st_mode & 0o7777 == inode.mode
         }

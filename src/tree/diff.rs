@@ -123,17 +123,13 @@ impl Diff {
     ) -> Result<(Option<Value>, Option<Value>)> {
         match (newest(old.maps, key), newest(new.maps, key), of_pages) {
             (Some(old), Some(new), _) => Ok((old.clone(), new.clone())),
-            (above_old, above_new, Some(pages)) => Ok((
-                above_old.unwrap_or(&pages.old).clone(),
-                above_new.unwrap_or(&pages.new).clone(),
-            )),
+            (above_old, above_new, Some(pages)) => {
+                Ok((above_old.unwrap_or(&pages.old).clone(), above_new.unwrap_or(&pages.new).clone()))
+            }
             (above_old, above_new, None) => {
                 let found = new.tree.get(new.frames, key).map_err(|e| self.with_next(e, old, new))?;
                 let below = found.map(|bytes| Value::from(bytes.as_ref()));
-                Ok((
-                    above_old.cloned().unwrap_or_else(|| below.clone()),
-                    above_new.cloned().unwrap_or(below),
-                ))
+                Ok((above_old.cloned().unwrap_or_else(|| below.clone()), above_new.cloned().unwrap_or(below)))
             }
         }
     }
@@ -366,8 +362,8 @@ impl Walk {
     fn siblings(&self) -> impl Iterator<Item = FramePtr> {
         let top = self.stack.iter().rev().find(|level| level.at < level.page.count());
         let inner = top.filter(|level| level.page.level() > 0);
-        inner.into_iter().flat_map(|level| {
-            (level.at..level.page.count()).filter_map(|i| level.page.child(i).ok())
-        })
+        inner
+            .into_iter()
+            .flat_map(|level| (level.at..level.page.count()).filter_map(|i| level.page.child(i).ok()))
     }
 }
