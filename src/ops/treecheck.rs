@@ -352,3 +352,6 @@ fn add(sum: &mut (u64, u128), id: u64, ino: Ino, kind: FileType, name: &[u8]) {
     sum.0 += 1;
     sum.1 = sum.1.wrapping_add(u128::from_le_bytes(half));
 }
+
+#[cfg(test)]
+mod tests;
