@@ -77,6 +77,21 @@ def diffs(volume, old, new, want):
     ask(volume, "diff", new, new + 1000, ok=(8,))
 
 
+def between_checkpoints(directory, volume, second):
+    """Each unmount makes a checkpoint: then pages are compared, and hardly any of them are read."""
+    home = volume.mount("home", directory / "home-state")
+    with open(home.point / "many" / "register-000701.json", "r+b") as out:
+        out.write(b"[")
+    third = newest(home)
+    home.umount()
+    checkpoints = [v["commit"] for v in volume.versions() if v["checkpoint"]]
+    check({second, third} <= set(checkpoints), "both versions have a checkpoint", str(checkpoints))
+    found = json.loads(ask(volume, "diff", second, third, "--json", ok=(FOUND,)).stdout)
+    told = [(c["change"], c["path"]) for c in found["changes"]]
+    check(told == [("M", "many/register-000701.json")], "one change between two checkpoints is one line", str(told))
+    check(0 < found["pages_read"] <= 12, f"{found['pages_read']} pages were compared for it", str(found))
+
+
 def restored_all(directory, volume, commit, want):
     """The whole volume, killed in the middle and gone on with."""
     dest = directory / "restored"
@@ -204,5 +219,6 @@ def main(directory):
     dest = restored_all(directory, volume, first, want)
     restored_some(directory, volume, first, dest)
     home.umount()
+    between_checkpoints(directory, volume, second)
     verified(directory, volume)
     verified_damage(directory, volume)
