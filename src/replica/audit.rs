@@ -86,6 +86,8 @@ pub fn run(place: &Place, state: &Path, depth: Depth, runtime: &Io, progress: Pr
     let mut audit = Audit::default();
     runtime.block_on(superblock(&place, &mut audit))?;
     progress("chain", 0, 1);
+    // Before the chain: home may go on meanwhile, and what a checkpoint stands on is in the store before it.
+    let names = runtime.block_on(list_checkpoints(&*store))?;
     let chain = runtime.block_on(audit::chain(&ctx, &*store))?;
     audit.segments = chain.members.len() as u64;
     audit.segment_bytes = chain.members.iter().map(|(_, size)| size).sum();
@@ -97,7 +99,7 @@ pub fn run(place: &Place, state: &Path, depth: Depth, runtime: &Io, progress: Pr
         audit.notes.push(Finding::new("log/", "the volume holds no segment yet"));
     }
     freshness(&place, chain.commit, depth.max_age, &mut audit);
-    runtime.block_on(checkpoints(&ctx, &place, chain.head, &mut audit))?;
+    runtime.block_on(checkpoints(&ctx, &place, names, chain.head, &mut audit))?;
     pinned(&place, state, chain.head, runtime, &mut audit)?;
     let opens = place.key.role >= Role::Reader;
     let mut catalogue = Catalogue::default();
@@ -159,10 +161,10 @@ fn freshness(place: &Place, newest: Option<(CommitNo, Timestamp)>, max: Option<D
 async fn checkpoints(
     ctx: &VolumeContext,
     place: &Place,
+    names: Vec<String>,
     head: Option<Head>,
     audit: &mut Audit,
 ) -> Result<()> {
-    let names = list_checkpoints(&*place.store).await?;
     let opens = place.key.volume_key.is_some();
     let mut answers = futures::stream::iter(names)
         .map(|name| async move {
@@ -243,7 +245,9 @@ fn tree(
     audit: &mut Audit,
     progress: Progress<'_>,
 ) -> Result<()> {
-    let views = match Views::open(place.clone(), state, &[Version::Newest], runtime) {
+    // The version whose segments were looked through, though home may have gone on.
+    let version = audit.newest_commit.map_or(Version::Newest, |no| Version::Commit(CommitNo(no)));
+    let views = match Views::open(place.clone(), state, &[version], runtime) {
         Ok(views) => views,
         Err(e) => {
             audit.findings.push(Finding::from_error(e, "the newest version")?);

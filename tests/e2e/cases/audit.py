@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 
 import trees
 from harness import Failed, Volume, check, check_same, empty_dir, program, run, say, wait_until
@@ -153,6 +154,32 @@ def verified(directory, volume):
     ask(volume.at(f"file://{directory}/nowhere"), "verify", key="auditor", ok=(7, FOUND))
 
 
+def verified_at_work(directory, volume):
+    """While home writes and ships: what comes later is no damage."""
+    home = volume.mount("home", directory / "home-state")
+    end = threading.Event()
+
+    def write():
+        n = 0
+        while not end.is_set():
+            trees.write_file(home.point / f"at-work-{n % 50}", trees.random_bytes(n, 300_000))
+            home.sync()
+            n += 1
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(3):
+            before = len(volume.objects())
+            found = verify(volume, "--full", key="reader")
+            check(found["findings"] == [], "a volume at work is whole", str(found["findings"][:3]))
+            say(f"{len(volume.objects()) - before} objects came meanwhile")
+    finally:
+        end.set()
+        writer.join()
+    home.umount()
+
+
 def damage(store, kind, name, other=None):
     """Damages one object of a copy, whose files are shared with the original."""
     path = store / name
@@ -221,4 +248,5 @@ def main(directory):
     home.umount()
     between_checkpoints(directory, volume, second)
     verified(directory, volume)
+    verified_at_work(directory, volume)
     verified_damage(directory, volume)
