@@ -26,13 +26,15 @@ pub enum ExitCode {
     Store = 7,
     /// The volume refuses: wrong key, damaged or rolled-back store, existing volume, fenced writer.
     Refused = 8,
+    /// The command did its work, and found what it looks for: versions differ, damage, a check that does not hold.
+    Found = 9,
 }
 
 impl ExitCode {
     /// The code with this number; what is not documented counts as a failure without a number of its own.
     pub fn from_number(n: u8) -> ExitCode {
         use ExitCode::*;
-        let all = [Ok, Failed, Usage, NotMounted, NoDaemon, Unsent, Busy, Store, Refused];
+        let all = [Ok, Failed, Usage, NotMounted, NoDaemon, Unsent, Busy, Store, Refused, Found];
         all.into_iter().find(|c| *c as u8 == n).unwrap_or(Failed)
     }
 }

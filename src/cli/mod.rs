@@ -3,6 +3,7 @@
 
 pub mod config;
 pub mod daemon;
+pub mod diff;
 pub mod exit;
 mod handover;
 pub mod init;
@@ -14,7 +15,9 @@ pub mod mounted;
 pub mod options;
 mod passing;
 pub mod progress;
+pub mod reading;
 pub mod recover_key;
+pub mod restore;
 pub mod seam;
 pub mod serve;
 mod session;
@@ -25,6 +28,7 @@ pub mod sync;
 mod takeover;
 pub mod umount;
 pub mod upgrade;
+pub mod verify;
 pub mod versions;
 
 use crate::store::open::CREDENTIALS;
@@ -50,7 +54,8 @@ In the embassy, from the store alone:
                    --state /var/lib/embassyfs/land /srv/land
 
 Exit codes: 0 done; 1 failed; 2 wrong usage; 3 not mounted; 4 daemon does not answer; 5 data is still only on this
-host; 6 in use; 7 store unreachable; 8 refused (key, damage, fenced). See embassyfs(1) and docs/operations.md.";
+host; 6 in use; 7 store unreachable; 8 refused (key, damage, fenced); 9 done, and what was looked for is there
+(versions differ, damage). See embassyfs(1) and docs/operations.md.";
 
 /// A file system whose every write goes through, sealed, to an object store in the data embassy.
 #[derive(Parser)]
@@ -70,6 +75,9 @@ enum Command {
     Upgrade(upgrade::UpgradeArgs),
     Status(status::StatusArgs),
     Versions(versions::VersionsArgs),
+    Diff(diff::DiffArgs),
+    Restore(restore::RestoreArgs),
+    Verify(verify::VerifyArgs),
     RecoverKey(recover_key::RecoverKeyArgs),
     /// What a daemon starts to go on with its mount.
     #[command(hide = true)]
@@ -186,6 +194,9 @@ fn dispatch(args: Vec<OsString>) -> exit::Outcome {
         Command::TakeOver => takeover::run(),
         Command::Status(args) => status::run(args),
         Command::Versions(args) => versions::run(args),
+        Command::Diff(args) => diff::run(args),
+        Command::Restore(args) => restore::run(args),
+        Command::Verify(args) => verify::run(args),
         Command::RecoverKey(args) => recover_key::run(args),
         Command::Man(args) => man::run(args),
         Command::MountHelper(args) => mount_helper::run(args.words),

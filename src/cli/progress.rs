@@ -43,3 +43,44 @@ impl Shipping {
         self.bar.finish_and_clear();
     }
 }
+
+/// Shows how much has been done of what has no known end.
+pub struct Counting {
+    bar: ProgressBar,
+}
+
+impl Counting {
+    /// A line titled `what`, or nothing when standard error is not a terminal.
+    pub fn new(what: &'static str) -> Counting {
+        let bar = match io::stderr().is_terminal() {
+            true => ProgressBar::new_spinner(),
+            false => ProgressBar::hidden(),
+        };
+        if let Ok(style) = ProgressStyle::with_template("{prefix} {spinner} {msg}, {elapsed}") {
+            bar.set_style(style);
+        }
+        bar.set_prefix(what);
+        Counting { bar }
+    }
+
+    /// So many things, and so many bytes.
+    pub fn show(&mut self, things: u64, of_bytes: u64) {
+        self.bar.tick();
+        if !self.bar.is_hidden() {
+            self.bar.set_message(format!("{things} done, {}", bytes(of_bytes)));
+        }
+    }
+
+    /// So many of so many, of a part of the work.
+    pub fn part(&mut self, what: &str, done: u64, of: u64) {
+        self.bar.tick();
+        if !self.bar.is_hidden() {
+            self.bar.set_message(format!("{what} {done} of {of}"));
+        }
+    }
+
+    /// Takes the line away.
+    pub fn finish(self) {
+        self.bar.finish_and_clear();
+    }
+}

@@ -280,19 +280,19 @@ impl Asked {
     }
 }
 
-fn load_key(path: &std::path::Path, role: Role) -> Result<KeyFile, Failure> {
+pub(super) fn load_key(path: &std::path::Path, role: Role) -> Result<KeyFile, Failure> {
     let key = KeyFile::load(path).map_err(|e| Failure::from_error(ExitCode::Refused, "key file", &e))?;
     key.require(role)
         .map_err(|e| Failure::from_error(ExitCode::Refused, format!("key file {}", path.display()), &e))?;
     Ok(key)
 }
 
-fn open_store(url: &str, options: &BTreeMap<String, String>) -> Result<Arc<dyn Store>, Failure> {
+pub(super) fn open_store(url: &str, options: &BTreeMap<String, String>) -> Result<Arc<dyn Store>, Failure> {
     store::open::open(url, options)
         .map_err(|e| Failure::from_error(ExitCode::Store, format!("store {url}"), &e))
 }
 
-fn runtime() -> Result<Runtime, Failure> {
+pub(super) fn runtime() -> Result<Runtime, Failure> {
     Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .thread_name("io")

@@ -123,7 +123,7 @@ impl Source<'_> {
     }
 
     /// The segment's trailer, index, and the tail they came in.
-    async fn indexed(&self, ctx: &VolumeContext) -> Result<(End, Index)> {
+    pub async fn indexed(&self, ctx: &VolumeContext) -> Result<(End, Index)> {
         let end = self.end(ctx, TAIL_LEN).await?;
         let at = u64::from(end.trailer.index_offset)..end.trailer.body_len();
         let sealed = match end.cut(&at) {
@@ -175,6 +175,11 @@ impl Source<'_> {
 }
 
 impl End {
+    /// Without the bytes that came with it, for who keeps very many.
+    pub fn alone(self) -> End {
+        End { tail: Bytes::new(), ..self }
+    }
+
     fn cut(&self, range: &Range<u64>) -> Option<Bytes> {
         cut(&[(self.size - self.tail.len() as u64, self.tail.clone())], range)
     }
@@ -310,7 +315,7 @@ pub(super) async fn members<'a>(
 
 /// Follows the chain back from its newest segment. A segment that is missing on the way ends the chain before it:
 /// quietly if it was never known to be in the store, otherwise as damage.
-fn select(ends: &BTreeMap<Seq, End>, start: &ChainStart) -> (Vec<Seq>, Option<Error>) {
+pub(super) fn select(ends: &BTreeMap<Seq, End>, start: &ChainStart) -> (Vec<Seq>, Option<Error>) {
     let mut damage = None;
     let mut chain: Vec<Seq> = Vec::new();
     let mut seen: Vec<&End> = Vec::new();

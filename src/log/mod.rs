@@ -3,6 +3,7 @@
 //! it was sealed for. The bytes are described in `docs/format.md` and nowhere else.
 
 mod ahead;
+pub mod audit;
 pub mod chain;
 mod closing;
 mod frame;

@@ -2,9 +2,15 @@
 //! Invariant: nothing here prints or knows the command line; every operation returns a report or an error that says
 //! what was done, what was not, and the way out.
 
+pub mod changes;
 pub mod control;
 pub mod init;
 pub mod metrics;
+pub mod names;
+pub mod place;
 pub mod protection;
+pub mod reader;
 pub mod requests;
+pub mod restore;
 pub mod status;
+pub mod treecheck;

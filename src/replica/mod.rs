@@ -1,6 +1,7 @@
 //! What leads the copy in the embassy after the log at home: the uploader, and the account of what is durable where.
 //! Invariant: the remote log is a prefix of the local one, and nobody is told that a commit is durable before it is.
 
+pub mod audit;
 pub mod durable;
 mod io;
 pub mod listing;
@@ -10,6 +11,7 @@ mod past;
 mod predecessor;
 mod proof;
 pub mod uploader;
+pub mod views;
 pub mod volume;
 
 pub use opening::Version;

@@ -359,7 +359,12 @@ pub(super) async fn check_next_ino(opened: &Opened, reader: &FrameReader) -> Res
 }
 
 /// Refuses a store whose newest segment is older than one this host has seen, or whose chain does not hold it.
-async fn check_pin(ctx: &VolumeContext, dir: &StateDir, store: &dyn Store, head: Option<Head>) -> Result<()> {
+pub(super) async fn check_pin(
+    ctx: &VolumeContext,
+    dir: &StateDir,
+    store: &dyn Store,
+    head: Option<Head>,
+) -> Result<()> {
     let pinned = read_pin(dir)?;
     if let Some(pinned) = pinned {
         let object = segment_name(pinned.seq);

@@ -43,7 +43,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// An operation must be able to hold what it needs at once, in bytes.
 const FRAME_CACHE_MIN: usize = 8 << 20;
 /// Segment files kept open for reading.
-const OPEN_FILES: usize = 128;
+pub(super) const OPEN_FILES: usize = 128;
 /// How long a stop waits for an upload that cannot be stopped in the middle.
 const STOP_WAIT: Duration = Duration::from_secs(2);
 /// How often the spool's free space is looked at; and how often when less than so many bytes are left, for a fast disk

@@ -1,6 +1,7 @@
 //! A bucket: the contract that every store, real or for tests, keeps. The layers above know nothing else of it.
 //! Invariant: an object, once there, never changes; only the collector's identity deletes.
 
+pub mod counted;
 mod credentials;
 mod direct;
 pub mod fault;

@@ -7,6 +7,7 @@ pub mod btree;
 pub mod checkpoint;
 mod codec;
 pub mod delta;
+pub mod diff;
 pub mod key;
 pub mod memtable;
 mod merge;
@@ -18,6 +19,7 @@ mod tests;
 
 pub use btree::{Cursor, Tree};
 pub use delta::{Counters, Delta, Value};
+pub use diff::{Changed, Diff};
 pub use key::{Key, KeyRange};
 pub use memtable::Levels;
 pub use merge::{MergeOutcome, Source};

@@ -1,5 +1,7 @@
 //! The tree against a model: random changes, cold caches, and how much work a merge may do.
 
+mod diff;
+
 use super::btree::{Place, load};
 use super::memtable::weight;
 use super::page::Page;

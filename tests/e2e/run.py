@@ -34,6 +34,7 @@ CASES = {
     "prefix": (300, ["file", "s3"]),
     "no_plaintext": (180, [None]),
     "at_version": (180, [None]),
+    "audit": (180, [None]),
     "tamper": (600, ["store", "local"]),
     "control_dir": (120, [None]),
     "store_refusals": (180, [None]),
