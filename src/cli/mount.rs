@@ -31,6 +31,8 @@ Mount options (-o):
 Examples:
   embassyfs mount --store s3://embassy/land --key writer.key --state /var/lib/embassyfs/land \\
                   -o allow_other,protection=strict /srv/land
+  embassyfs mount --read-only --follow --store s3://embassy/land --key reader.key \
+                  --state /var/lib/embassyfs/land /srv/land
   embassyfs mount --config /etc/embassyfs/land.toml
   embassyfs mount --read-only --at 2025-01-31T12:00:00Z --store s3://embassy/land --key reader.key \\
                   --state /var/lib/embassyfs/land /srv/land-january
@@ -52,6 +54,9 @@ pub struct MountArgs {
     /// Mount without writing anything to the store; the reader's key is enough.
     #[arg(long)]
     pub(super) read_only: bool,
+    /// With --read-only: move on as home ships, instead of showing one state.
+    #[arg(long)]
+    pub(super) follow: bool,
     /// Show the volume as it was: a commit number, a time like 2025-01-31T12:00:00Z, or @seconds since 1970.
     #[arg(long, value_name = "SEQ|TIME", value_parser = parse_at)]
     pub(super) at: Option<At>,
@@ -113,6 +118,13 @@ pub fn plan(args: MountArgs) -> Result<MountPlan, Failure> {
     config.options.iter().try_for_each(|word| options.apply_one(word))?;
     args.options.iter().try_for_each(|list| options.apply(list))?;
     options.read_only |= args.read_only;
+    options.follow |= args.follow;
+    if options.follow && !options.read_only {
+        return Err(Failure::usage("--follow is for mounts that do not write").hint("add --read-only"));
+    }
+    if options.follow && at.is_some() {
+        return Err(Failure::usage("--at shows one state, --follow moves on; they do not go together"));
+    }
     if at.is_some() && !options.read_only {
         return Err(Failure::usage("--at shows the past, which cannot be written").hint("add --read-only"));
     }
@@ -144,6 +156,7 @@ pub fn plan(args: MountArgs) -> Result<MountPlan, Failure> {
             uploads: options.uploads,
             size_limit: options.size_limit,
             relatime: options.relatime,
+            follow: options.follow.then_some(options.follow_interval),
         },
         settings,
         foreground: args.foreground || config.foreground.unwrap_or(false),

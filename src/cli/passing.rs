@@ -173,7 +173,9 @@ fn options(plan: &MountPlan) -> String {
         either(settings.exec, "exec", "noexec"),
         either(request.relatime, "relatime", "noatime"),
         either(plan.supervise, "supervise", "nosupervise"),
+        either(request.follow.is_some(), "follow", "nofollow"),
     ];
+    all.extend(request.follow.map(|every| format!("follow_interval={}ms", every.as_millis())));
     all.extend(request.size_limit.map(|n| format!("size={}", size(n))));
     all.extend(settings.allow_other.then(|| "allow_other".to_string()));
     all.join(",")

@@ -62,6 +62,8 @@ pub struct OpenRequest {
     pub size_limit: Option<u64>,
     /// Reading changes access times.
     pub relatime: bool,
+    /// A reader moves on with home, and asks the store this often.
+    pub follow: Option<Duration>,
 }
 
 /// An open volume, not mounted yet.
@@ -141,6 +143,7 @@ impl Prepared {
                 dirty_max: request.dirty_size,
                 size_limit: request.size_limit,
                 relatime: request.relatime,
+                follow: request.follow,
                 root_owner: Caller { uid, gid },
                 ..Settings::default()
             },

@@ -8,12 +8,14 @@ use crate::fuse::adapter::{self, Ended, Ready};
 use crate::fuse::connection::{Connection, Switch};
 use crate::fuse::control_dir::ControlDir;
 use crate::fuse::serve::{Backend, Requests};
+use crate::fs::Changed;
 use crate::log;
 use crate::ops::control::Control;
 use crate::ops::requests::Watch;
-use crate::ops::status::{CommitPoint, Status};
+use crate::ops::status::{CommitPoint, FollowStatus, Status};
 use crate::replica::Predecessor;
 use crate::replica::durable::Protection;
+use crate::replica::follow::{Standing, Trouble};
 use crate::replica::volume::Volume;
 use crate::types::{CommitNo, FramePtr};
 use futures::future::BoxFuture;
@@ -57,6 +59,27 @@ impl MountControl {
             watch: Watch::new(Env::system().clock),
             volume,
         }
+    }
+
+    fn following(&self, status: &mut Status, standing: Standing) {
+        let (state, trouble) = match standing.trouble {
+            None => ("following", None),
+            Some(Trouble::Away(e)) => ("store away", Some(e)),
+            Some(Trouble::Wrong(e)) => ("stopped", Some(e)),
+        };
+        status.in_sync = state == "following";
+        status.lag_seconds = standing.lag.as_secs_f64();
+        status.store_error.clone_from(&trouble);
+        if state == "stopped" {
+            status.last_error.clone_from(&trouble);
+        }
+        status.follow = Some(FollowStatus {
+            state: state.into(),
+            head: standing.head.map(|head| format!("{}:{}", head.seq, head.hash)),
+            contact_seconds: standing.contact.as_secs_f64(),
+            jumps: standing.jumps,
+            error: trouble,
+        });
     }
 
     fn wait_remote(&self, timeout: Duration, progress: &mut dyn FnMut(&Status)) -> Result<(), String> {
@@ -104,9 +127,12 @@ impl Control for MountControl {
         let Some(durable) = volume.durable() else {
             status.role = "reader".into();
             status.in_sync = true;
-            status.last_commit = volume.opened.and_then(|(no, time)| point(no, time));
+            status.last_commit = volume.shown().and_then(|(no, time)| point(no, time));
             status.last_durable = status.last_commit;
             status.last_error = self.failed.lock().clone();
+            if let Some(follower) = volume.follower() {
+                self.following(&mut status, follower.standing());
+            }
             return status;
         };
         let account = durable.snapshot();
@@ -197,6 +223,12 @@ impl Backend for MountControl {
         *self.failed.lock() = Some(what.to_string());
     }
 
+    fn on_change(&self, tell: Option<Box<dyn Fn(Changed) + Send + Sync>>) {
+        if let Some(follower) = self.volume.follower() {
+            follower.on_change(tell);
+        }
+    }
+
     fn watch(&self) -> &Arc<Watch> {
         &self.watch
     }
@@ -240,7 +272,9 @@ impl Served for Session {
 
     fn shown(&self) -> Option<CommitNo> {
         let volume = &self.control.volume;
-        volume.opened.filter(|_| volume.durable().is_none()).map(|(no, _)| no)
+        // A follower's successor goes on with the newest, as it does itself.
+        let fixed = volume.durable().is_none() && volume.follower().is_none();
+        volume.opened.filter(|_| fixed).map(|(no, _)| no)
     }
 
     fn pass_on(self: Box<Self>) -> Predecessor {

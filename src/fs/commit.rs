@@ -367,7 +367,8 @@ impl Committer {
         let meta = Arc::new(std::mem::take(&mut state.active));
         let weight = std::mem::take(&mut state.active_weight);
         let base = state.levels.iter().map(|l| l.delta.clone()).collect();
-        state.levels.insert(0, Level { delta: meta.clone(), weight, frozen: false });
+        let upto = state.generation;
+        state.levels.insert(0, Level { delta: meta.clone(), weight, frozen: false, upto });
         let dirty = Arc::new(std::mem::take(&mut state.dirty));
         state.sealing = Some(dirty.clone());
         state.sealing_bytes = std::mem::take(&mut state.dirty_bytes);
@@ -394,7 +395,8 @@ impl Committer {
         let weight = changes.iter().map(|(k, v)| weight(k, v)).sum();
         let mut state = self.fs.state.lock();
         if !changes.is_empty() {
-            state.levels.insert(0, Level { delta: Arc::new(changes), weight, frozen: false });
+            let upto = self.committed;
+            state.levels.insert(0, Level { delta: Arc::new(changes), weight, frozen: false, upto });
         }
         let done = state.sealing.take();
         (state.sealing_bytes, state.sealing_growth) = (0, 0);
@@ -413,15 +415,15 @@ impl Committer {
                 let state = self.fs.state.lock();
                 match state.levels.as_slice() {
                     [a, b, ..] if !b.frozen && !a.frozen && a.weight * 2 >= b.weight => {
-                        (a.delta.clone(), b.delta.clone())
+                        (a.clone(), b.clone())
                     }
                     _ => return,
                 }
             };
-            let mut delta = Delta::clone(&lower);
-            delta.extend(upper.iter().map(|(k, v)| (k.clone(), v.clone())));
+            let mut delta = Delta::clone(&lower.delta);
+            delta.extend(upper.delta.iter().map(|(k, v)| (k.clone(), v.clone())));
             let weight = delta.iter().map(|(k, v)| weight(k, v)).sum();
-            let level = Level { delta: Arc::new(delta), weight, frozen: false };
+            let level = Level { delta: Arc::new(delta), weight, frozen: false, upto: upper.upto };
             self.fs.state.lock().levels.splice(0..2, [level]);
         }
     }

@@ -245,6 +245,11 @@ impl Walk {
     }
 }
 
+/// Where the segment behind this one lies.
+pub(super) fn next_place(trailer: &Trailer) -> Seq {
+    Seq(trailer.seq().0 + 1)
+}
+
 pub(super) fn missing(seq: Seq, after: Seq) -> Error {
     Error::corrupt(
         segment_name(seq),

@@ -5,6 +5,7 @@
 mod ahead;
 pub mod chain;
 mod closing;
+pub mod follow;
 mod frame;
 mod gather;
 mod index;

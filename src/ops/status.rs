@@ -66,6 +66,24 @@ pub struct Status {
     pub spool_free_bytes: Option<u64>,
     /// What the kernel asked since the mount.
     pub requests: RequestFigures,
+    /// How a follower stands; null for others. Its `lag_seconds` is the age of the newest commit that is shown.
+    pub follow: Option<FollowStatus>,
+}
+
+/// How a follower stands.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct FollowStatus {
+    /// `following`, `store away` or `stopped`.
+    pub state: String,
+    /// The segment that it stands on, number and hash.
+    pub head: Option<String>,
+    /// Seconds since the store last answered.
+    pub contact_seconds: f64,
+    /// Jumps to a newer checkpoint since the mount.
+    pub jumps: u64,
+    /// What keeps it from going on.
+    pub error: Option<String>,
 }
 
 /// What was sent to the store since the mount.
@@ -188,6 +206,16 @@ impl Status {
         }
         if self.role == "reader" {
             words.push("read-only");
+            let follow = self.follow.as_ref().map(|follow| match follow.state.as_str() {
+                "following" => format!("following, lag {}", seconds(self.lag_seconds)),
+                "store away" => format!(
+                    "STORE AWAY for {}, showing what is {} old",
+                    seconds(follow.contact_seconds),
+                    seconds(self.lag_seconds)
+                ),
+                _ => format!("STOPPED, showing what is {} old", seconds(self.lag_seconds)),
+            });
+            words.extend(follow.as_deref());
             return words.join(", ");
         }
         if !self.in_sync {
@@ -285,6 +313,14 @@ impl fmt::Display for Status {
             writeln!(f, "  protection    {level}")?;
             writeln!(f, "  unsent        {}", self.waiting_in_words().as_deref().unwrap_or("nothing"))?;
             writeln!(f, "  lag           {}", seconds(self.lag_seconds))?;
+        }
+        if let Some(follow) = &self.follow {
+            writeln!(f, "  head          {}", follow.head.as_deref().unwrap_or("none"))?;
+            writeln!(f, "  lag           {}", seconds(self.lag_seconds))?;
+            writeln!(f, "  last contact  {} ago", seconds(follow.contact_seconds))?;
+            if let Some(error) = &follow.error {
+                writeln!(f, "  {:12}  {error}", follow.state)?;
+            }
         }
         writeln!(f, "  cache         {}", bytes(self.cache_bytes))?;
         writeln!(f, "  volume        {} ({}), {}", self.volume, self.volume_id, self.role)?;

@@ -2,12 +2,14 @@
 //! Invariant: the remote log is a prefix of the local one, and nobody is told that a commit is durable before it is.
 
 pub mod durable;
+pub mod follow;
 mod io;
 pub mod listing;
 mod opening;
 mod orphans;
 mod predecessor;
 mod proof;
+mod space;
 pub mod uploader;
 pub mod volume;
 

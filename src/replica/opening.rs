@@ -12,7 +12,7 @@ use crate::log::recovery::{self, Recovered, Role, Step};
 use crate::log::segment::{VolumeContext, segment_name};
 use crate::log::statedir::StateDir;
 use crate::log::volume::{self, Superblock, UnverifiedSuperblock};
-use crate::log::{ClosedSegment, Error, Result};
+use crate::log::{ClosedSegment, Error, Result, follow};
 use crate::store::{Store, StoreError};
 use crate::tree::checkpoint::{self, Root};
 use crate::tree::{Counters, Delta, Tree, delta, key, memtable};
@@ -210,14 +210,14 @@ impl Replayed {
 }
 
 /// Memory of this host, in bytes.
-fn memory() -> usize {
+pub(super) fn memory() -> usize {
     // SAFETY: takes an integer and returns one, or -1.
     let [pages, size] = [libc::_SC_PHYS_PAGES, libc::_SC_PAGESIZE].map(|name| unsafe { libc::sysconf(name) });
     usize::try_from(pages).unwrap_or(0).saturating_mul(usize::try_from(size).unwrap_or(0))
 }
 
 /// Says of damage found in a commit's deltas where they lie.
-fn of_commit(no: CommitNo, seq: Seq, error: Error) -> Error {
+pub(super) fn of_commit(no: CommitNo, seq: Seq, error: Error) -> Error {
     match error {
         Error::Corrupt { object, detail } => {
             Error::corrupt(segment_name(seq), format!("{object} of commit {}: {detail}", no.0))
@@ -282,7 +282,7 @@ async fn checkpoint_before(
 }
 
 /// The checkpoint of that name; `None`, loudly, if it is damaged or gone.
-async fn usable_checkpoint(
+pub(super) async fn usable_checkpoint(
     ctx: &VolumeContext,
     dir: &StateDir,
     store: Option<&dyn Store>,
@@ -362,25 +362,13 @@ pub(super) async fn check_next_ino(opened: &Opened, reader: &FrameReader) -> Res
 async fn check_pin(ctx: &VolumeContext, dir: &StateDir, store: &dyn Store, head: Option<Head>) -> Result<()> {
     let pinned = read_pin(dir)?;
     if let Some(pinned) = pinned {
-        let object = segment_name(pinned.seq);
         let Some(head) = head.filter(|head| head.seq >= pinned.seq) else {
-            return Err(Error::corrupt(
-                object,
-                format!(
-                    "this host has seen this segment (hash {}), but the store's newest is {}: the store was rolled \
-                     back or lost it. Ask the store's operator; a new state directory forgets what was seen",
-                    pinned.hash,
-                    head.map_or_else(|| "none".into(), |head| segment_name(head.seq))
-                ),
-            ));
+            return Err(follow::rolled_back(pinned, head.map(|head| head.seq)));
         };
         let found =
             if head.seq == pinned.seq { head } else { chain::stored_head(ctx, store, pinned.seq).await? };
         if found != pinned {
-            return Err(Error::corrupt(
-                object,
-                "is not the one this host has seen under that number: the history was forked or exchanged",
-            ));
+            return Err(follow::forked(pinned, found));
         }
     }
     match head {
@@ -392,6 +380,14 @@ async fn check_pin(ctx: &VolumeContext, dir: &StateDir, store: &dyn Store, head:
 /// Remembers the newest head seen.
 pub(super) fn write_pin(dir: &StateDir, head: Head) -> Result<()> {
     dir.write_atomic(PIN, format!("{} {}\n", head.seq, head.hash).as_bytes())
+}
+
+/// The same, if it is newer than what is remembered.
+pub(super) fn write_pin_if_newer(dir: &StateDir, head: Head) -> Result<()> {
+    match read_pin(dir)? {
+        Some(pinned) if pinned.seq >= head.seq => Ok(()),
+        _ => write_pin(dir, head),
+    }
 }
 
 fn read_pin(dir: &StateDir) -> Result<Option<Head>> {

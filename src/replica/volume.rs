@@ -3,15 +3,18 @@
 //! store before anybody is told otherwise.
 
 use super::durable::{Durable, Position, Protection, WaitError};
+use super::follow::Follower;
 use super::io::Io;
 use super::opening::{self, Opened, Version};
 use super::orphans;
 use super::predecessor::Predecessor;
 use super::proof::ProvenStore;
+use super::space;
 use super::uploader::{Upload, Uploader};
 use crate::clock::{Env, Thread};
 use crate::crypto::keyfile::{KeyFile, Role as KeyRole};
 use crate::fs::{CheckpointOutcome, Checkpointer, Committer, Fs, Settings, Shipping};
+use crate::log::follow::Tail;
 use crate::log::reader::{FrameReader, ReaderLimits};
 use crate::log::recovery::Role;
 use crate::log::segment::VolumeContext;
@@ -46,12 +49,6 @@ const FRAME_CACHE_MIN: usize = 8 << 20;
 const OPEN_FILES: usize = 128;
 /// How long a stop waits for an upload that cannot be stopped in the middle.
 const STOP_WAIT: Duration = Duration::from_secs(2);
-/// How often the spool's free space is looked at; and how often when less than so many bytes are left, for a fast disk
-/// fills in less than a second.
-const SPACE_INTERVAL: Duration = Duration::from_secs(1);
-const SPACE_INTERVAL_NEAR: Duration = Duration::from_millis(20);
-const SPACE_NEAR: u64 = 8 << 30;
-
 /// How to open a volume.
 pub struct OpenOptions {
     /// Where the volume lies.
@@ -94,6 +91,8 @@ pub struct Volume {
     runtime: Io,
     /// What only a writer has.
     home: Option<Home>,
+    /// What only a reader has that moves on.
+    follower: Option<Arc<Follower>>,
 }
 
 struct Home {
@@ -163,20 +162,28 @@ impl Volume {
             ..options.settings
         };
         let shown = opened.time.map(|time| (opened.recovery.last_commit, time));
+        let start = (Tail::new(&opened.recovered), shown);
         let parts = Parts {
             options: &options,
             before,
             store: reached,
             dir: &dir,
-            ctx,
+            ctx: ctx.clone(),
             reader: &reader,
             runtime,
             settings,
         };
         let (fs, home) =
-            if options.settings.read_only { parts.reader(opened) } else { parts.writer(opened)? };
+            if options.settings.read_only { parts.reader(opened)? } else { parts.writer(opened)? };
+        let follower = settings.follow.filter(|_| settings.read_only && options.version == Version::Newest);
+        let follower = follower.map(|every| {
+            let (dir, store, reader) = (dir.clone(), store.clone(), reader.clone());
+            let follower = Follower::new(ctx, dir, store, reader, options.env.clone(), fs.clone(), start);
+            runtime.spawn(Follower::run(Arc::downgrade(&follower), every));
+            follower
+        });
         let runtime = runtime.clone();
-        Ok(Volume { fs, superblock, dir, store, opened: shown, reader, runtime, home })
+        Ok(Volume { follower, fs, superblock, dir, store, opened: shown, reader, runtime, home })
     }
 
     /// The account of what is durable where; none for a reader.
@@ -191,8 +198,21 @@ impl Volume {
                 let times = home.shipper.times.lock();
                 (times.newest, times.remote)
             }
-            None => (self.opened.map(|o| o.1), self.opened.map(|o| o.1)),
+            None => {
+                let time = self.shown().map(|(_, time)| time);
+                (time, time)
+            }
         }
+    }
+
+    /// The one that moves a reader on, if it does.
+    pub fn follower(&self) -> Option<&Arc<Follower>> {
+        self.follower.as_ref()
+    }
+
+    /// The commit that a reader shows now.
+    pub fn shown(&self) -> Option<(CommitNo, Timestamp)> {
+        self.follower.as_ref().map_or(self.opened, |follower| follower.standing().commit)
     }
 
     /// What a process learns that goes on after this one.
@@ -278,9 +298,16 @@ struct Parts<'a> {
 }
 
 impl Parts<'_> {
-    fn reader(self, opened: Opened) -> (Arc<Fs>, Option<Home>) {
+    fn reader(self, opened: Opened) -> Result<(Arc<Fs>, Option<Home>)> {
         let env = self.options.env.clone();
-        (Arc::new(Fs::new(self.settings, env, self.reader.clone(), opened.recovery)), None)
+        let fs = Arc::new(Fs::new(self.settings, env, self.reader.clone(), opened.recovery));
+        // What the kernel holds, and what it has to be told.
+        if let Some(before) = self.before.filter(|_| self.settings.follow.is_some())
+            && !fs.take_held(&before.held)
+        {
+            return Err(Error::Refused("the account of what the kernel holds cannot be read".into()));
+        }
+        Ok((fs, None))
     }
 
     fn writer(self, mut opened: Opened) -> Result<(Arc<Fs>, Option<Home>)> {
@@ -347,7 +374,7 @@ impl Parts<'_> {
         let threads = env.threads.clone();
         let fs = Arc::new(Fs::new(self.settings, env, self.reader.clone(), opened.recovery));
         self.before.map_or(Ok(()), |before| before.hand_on(&fs, &durable))?;
-        let free_bytes = watch_space(&fs, self.dir, self.runtime, self.options.settings.dirty_max);
+        let free_bytes = space::watch(&fs, self.dir, self.runtime, self.options.settings.dirty_max);
         let _ = shipper.fs.set(Arc::downgrade(&fs)); // set once, here
         let latched = Arc::downgrade(&fs);
         let dir = Arc::downgrade(self.dir); // the account can outlive the volume by a moment
@@ -368,32 +395,6 @@ impl Parts<'_> {
         fs.abandoned().into_iter().for_each(|ino| orphans::free(&fs, ino, self.reader, self.runtime));
         Ok((fs, Some(Home { shipper, committer: Mutex::new(Some(thread)), free_bytes })))
     }
-}
-
-/// Keeps the file system told whether the spool's disk has room for what memory may still hold; gives what is left.
-fn watch_space(fs: &Arc<Fs>, dir: &Arc<StateDir>, runtime: &Io, dirty_max: u64) -> Arc<AtomicU64> {
-    let last = Arc::new(AtomicU64::new(u64::MAX));
-    let seen = last.clone();
-    let (fs, dir) = (Arc::downgrade(fs), Arc::downgrade(dir)); // the task must not keep the volume open
-    let reserve = 2 * dirty_max + (64 << 20);
-    runtime.spawn(async move {
-        while let (Some(fs), Some(dir)) = (fs.upgrade(), dir.upgrade()) {
-            let mut pause = SPACE_INTERVAL;
-            match dir.free_bytes() {
-                Ok(free) => {
-                    last.store(free, Ordering::Relaxed);
-                    fs.set_no_space(free < reserve);
-                    if free < reserve + SPACE_NEAR {
-                        pause = SPACE_INTERVAL_NEAR;
-                    }
-                }
-                Err(e) => ::log::warn!("free space of the spool: {e}"),
-            }
-            drop((fs, dir));
-            tokio::time::sleep(pause).await;
-        }
-    });
-    seen
 }
 
 /// Commits whose time is wanted until the store has them.

@@ -5,6 +5,7 @@
 mod control;
 mod convert;
 mod guard;
+mod invalidate;
 mod reply;
 mod request;
 mod session;
