@@ -46,6 +46,7 @@ CASES = {
     "access_times": (60, [None]),
     "posix": (240, ["directories", "attributes", "files", "mounting"]),
     "upgrade": (180, [None]),
+    "follow": (120, [None]),
     "crash_remount": (120, [None]),
     "spool": (180, ["full", "fails"]),
     "crash": (120, ["kill", "power", "sqlite", "postgresql"]),
