@@ -50,6 +50,8 @@ pub struct MountOptions {
     pub relatime: bool,
     /// `read_ahead=`
     pub read_ahead: u64,
+    /// `heartbeat=`: a writer without changes gives a sign of life this often; none: never.
+    pub heartbeat: Option<Duration>,
     /// `follow`: a read-only mount moves on with home.
     pub follow: bool,
     /// `follow_interval=`: how often it asks the store.
@@ -76,6 +78,7 @@ impl Default for MountOptions {
             exec: true,
             relatime: false,
             read_ahead: 1 << 20,
+            heartbeat: Some(Duration::from_secs(60)),
             follow: false,
             follow_interval: Duration::from_millis(500),
             supervise: false,
@@ -103,6 +106,7 @@ pub const KNOWN: &[(&str, &str)] = &[
         "relatime, noatime",
         "reading changes access times, at most daily or once after a change (default noatime)",
     ),
+    ("heartbeat=TIME", "an idle writer's sign of life, an empty commit, after so long (default 60s; 0: none)"),
     ("follow", "read-only: move on with home (default nofollow)"),
     ("follow_interval=TIME", "how often a follower asks the store (default 500ms)"),
     ("supervise", "mount again by itself after a crash of the daemon (default nosupervise)"),
@@ -182,6 +186,9 @@ impl MountOptions {
         match name {
             "protection" => self.protection = value.parse().map_err(bad)?,
             "sync_timeout" => self.sync_timeout = parse_duration(value).map_err(bad)?,
+            "heartbeat" => {
+                self.heartbeat = Some(parse_duration(value).map_err(bad)?).filter(|every| !every.is_zero());
+            }
             "follow_interval" => {
                 self.follow_interval = parse_duration(value).map_err(bad)?.max(Duration::from_millis(10));
             }

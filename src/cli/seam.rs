@@ -18,7 +18,7 @@ use crate::ops::status::{CommitPoint, Status, StoreStatus};
 use crate::ops::{self, init::InitError};
 use crate::replica::durable::Protection;
 use crate::replica::volume::{OpenOptions, Volume};
-use crate::replica::{Io, Predecessor, Version, listing};
+use crate::replica::{Io, Predecessor, Trust, Version, listing};
 use crate::store::{self, Store, StoreError};
 use crate::types::CommitNo;
 use std::collections::BTreeMap;
@@ -62,6 +62,10 @@ pub struct OpenRequest {
     pub size_limit: Option<u64>,
     /// Reading changes access times.
     pub relatime: bool,
+    /// An idle writer gives a sign of life this often.
+    pub heartbeat: Option<Duration>,
+    /// What a reader demands of the store.
+    pub trust: Trust,
     /// A reader moves on with home, and asks the store this often.
     pub follow: Option<Duration>,
 }
@@ -133,6 +137,7 @@ impl Prepared {
                 Some(At::Commit(no)) => Version::Commit(no),
                 Some(At::Time(time)) => Version::Time(time),
             },
+            trust: request.trust,
             protection: request.protection,
             sync_timeout: request.sync_timeout,
             disk_cache: request.cache_size,
@@ -143,6 +148,7 @@ impl Prepared {
                 dirty_max: request.dirty_size,
                 size_limit: request.size_limit,
                 relatime: request.relatime,
+                heartbeat: request.heartbeat,
                 follow: request.follow,
                 root_owner: Caller { uid, gid },
                 ..Settings::default()

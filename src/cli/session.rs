@@ -67,15 +67,19 @@ impl MountControl {
             Some(Trouble::Away(e)) => ("store away", Some(e)),
             Some(Trouble::Wrong(e)) => ("stopped", Some(e)),
         };
-        status.in_sync = state == "following";
+        status.in_sync = state == "following" && standing.too_old.is_none();
         status.lag_seconds = standing.lag.as_secs_f64();
         status.store_error.clone_from(&trouble);
         if state == "stopped" {
             status.last_error.clone_from(&trouble);
         }
+        if let (None, Some(old)) = (&status.last_error, &standing.too_old) {
+            status.last_error = Some(old.clone());
+        }
+        status.head = standing.head.map(|head| format!("{}:{}", head.seq, head.hash));
         status.follow = Some(FollowStatus {
+            too_old: standing.too_old.is_some(),
             state: state.into(),
-            head: standing.head.map(|head| format!("{}:{}", head.seq, head.hash)),
             contact_seconds: standing.contact.as_secs_f64(),
             jumps: standing.jumps,
             error: trouble,
@@ -126,6 +130,7 @@ impl Control for MountControl {
         let (newest, remote) = volume.commit_times();
         let Some(durable) = volume.durable() else {
             status.role = "reader".into();
+            status.head = volume.head.map(|head| format!("{}:{}", head.seq, head.hash));
             status.in_sync = true;
             status.last_commit = volume.shown().and_then(|(no, time)| point(no, time));
             status.last_durable = status.last_commit;
@@ -138,6 +143,7 @@ impl Control for MountControl {
         let account = durable.snapshot();
         status.role = "writer".into();
         status.in_sync = account.in_sync && account.fenced.is_none() && account.latched.is_none();
+        status.head = account.remote_head.map(|head| format!("{}:{}", head.seq, head.hash));
         status.lag_seconds = account.lag.as_secs_f64();
         status.unsent_bytes = account.unsent_bytes;
         status.unsent_segments = account.unsent_segments;

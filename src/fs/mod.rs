@@ -78,6 +78,8 @@ pub struct Settings {
     pub read_only: bool,
     /// Reading changes the access time if it is older than the last change, or a day old.
     pub relatime: bool,
+    /// A writer without changes commits after so long all the same, as a sign of life; `None`: never.
+    pub heartbeat: Option<Duration>,
     /// A reader moves on with home, and asks the store this often.
     pub follow: Option<Duration>,
     /// Owner of the root directory of a volume that has none yet.
@@ -97,6 +99,7 @@ impl Default for Settings {
             size_limit: None,
             read_only: false,
             relatime: false,
+            heartbeat: None,
             follow: None,
             root_owner: Caller { uid: 0, gid: 0 },
         }

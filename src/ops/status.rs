@@ -66,6 +66,8 @@ pub struct Status {
     pub spool_free_bytes: Option<u64>,
     /// What the kernel asked since the mount.
     pub requests: RequestFigures,
+    /// The newest segment: that is shown, or that the embassy holds; number and hash, as `--expect` takes them.
+    pub head: Option<String>,
     /// How a follower stands; null for others. Its `lag_seconds` is the age of the newest commit that is shown.
     pub follow: Option<FollowStatus>,
 }
@@ -76,8 +78,8 @@ pub struct Status {
 pub struct FollowStatus {
     /// `following`, `store away` or `stopped`.
     pub state: String,
-    /// The segment that it stands on, number and hash.
-    pub head: Option<String>,
+    /// The newest commit is older than `--max-age` allows.
+    pub too_old: bool,
     /// Seconds since the store last answered.
     pub contact_seconds: f64,
     /// Jumps to a newer checkpoint since the mount.
@@ -216,6 +218,9 @@ impl Status {
                 _ => format!("STOPPED, showing what is {} old", seconds(self.lag_seconds)),
             });
             words.extend(follow.as_deref());
+            if self.follow.as_ref().is_some_and(|follow| follow.too_old) {
+                words.push("TOO OLD");
+            }
             return words.join(", ");
         }
         if !self.in_sync {
@@ -314,8 +319,8 @@ impl fmt::Display for Status {
             writeln!(f, "  unsent        {}", self.waiting_in_words().as_deref().unwrap_or("nothing"))?;
             writeln!(f, "  lag           {}", seconds(self.lag_seconds))?;
         }
+        writeln!(f, "  head          {}", self.head.as_deref().unwrap_or("none"))?;
         if let Some(follow) = &self.follow {
-            writeln!(f, "  head          {}", follow.head.as_deref().unwrap_or("none"))?;
             writeln!(f, "  lag           {}", seconds(self.lag_seconds))?;
             writeln!(f, "  last contact  {} ago", seconds(follow.contact_seconds))?;
             if let Some(error) = &follow.error {

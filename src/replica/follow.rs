@@ -3,6 +3,7 @@
 //! it goes on serving that state and says why. It holds the volume only while it works.
 
 use super::opening::{self, Opened, Version};
+use super::trust::{too_old, write_pin_if_newer};
 use crate::clock::Env;
 use crate::fs::{self, Changed, Fs};
 use crate::log::follow::Tail;
@@ -58,6 +59,8 @@ pub struct Standing {
     pub trouble: Option<Trouble>,
     /// Jumps to a newer checkpoint so far.
     pub jumps: u64,
+    /// The newest commit is older than is allowed: what to say of it.
+    pub too_old: Option<String>,
 }
 
 struct Account {
@@ -66,16 +69,25 @@ struct Account {
     contact: Duration,
     trouble: Option<Trouble>,
     jumps: u64,
+    /// It was said that the newest commit is too old.
+    said_old: bool,
+}
+
+/// What a follower works with.
+pub(super) struct Parts {
+    pub ctx: Arc<VolumeContext>,
+    pub dir: Arc<StateDir>,
+    pub store: Arc<dyn Store>,
+    pub reader: Arc<FrameReader>,
+    pub env: Env,
+    pub fs: Arc<Fs>,
+    /// The newest commit should not be older.
+    pub max_age: Option<Duration>,
 }
 
 /// See the module.
 pub struct Follower {
-    ctx: Arc<VolumeContext>,
-    dir: Arc<StateDir>,
-    store: Arc<dyn Store>,
-    reader: Arc<FrameReader>,
-    env: Env,
-    fs: Arc<Fs>,
+    parts: Parts,
     /// Held by the one step that is under way.
     at: tokio::sync::Mutex<Position>,
     account: Mutex<Account>,
@@ -88,6 +100,8 @@ struct Position {
     pinned: Option<Duration>,
     /// The newest commit whose checkpoint was looked at.
     checkpoint: CommitNo,
+    /// The last answers were all full.
+    behind: bool,
     /// Why it can never go on: a commit that was passed could not be taken.
     broken: Option<String>,
     /// After a jump: some inodes that the kernel holds are not looked at yet.
@@ -95,38 +109,27 @@ struct Position {
 }
 
 impl Follower {
-    pub(super) fn new(
-        ctx: Arc<VolumeContext>,
-        dir: Arc<StateDir>,
-        store: Arc<dyn Store>,
-        reader: Arc<FrameReader>,
-        env: Env,
-        fs: Arc<Fs>,
-        start: (Tail, Option<(CommitNo, Timestamp)>),
-    ) -> Arc<Follower> {
+    pub(super) fn new(parts: Parts, start: (Tail, Option<(CommitNo, Timestamp)>)) -> Arc<Follower> {
         let (tail, commit) = start;
         let account = Account {
             commit,
             head: tail.head(),
-            contact: env.clock.monotonic(),
+            contact: parts.env.clock.monotonic(),
             trouble: None,
             jumps: 0,
+            said_old: false,
         };
         let at = Position {
             tail,
             audited: None,
             pinned: None,
             checkpoint: CommitNo(0),
+            behind: false,
             broken: None,
             unsettled: false,
         };
         Arc::new(Follower {
-            ctx,
-            dir,
-            store,
-            reader,
-            env,
-            fs,
+            parts,
             at: tokio::sync::Mutex::new(at),
             account: Mutex::new(account),
             tell: Mutex::new(None),
@@ -148,6 +151,12 @@ impl Follower {
         }
     }
 
+    fn too_old(&self, account: &Account, now: Timestamp) -> Option<String> {
+        let newest = account.commit.map(|(_, time)| time);
+        let limit = self.parts.max_age?;
+        newest.is_none_or(|time| age(time, now) > limit).then(|| too_old(newest, now, limit))
+    }
+
     /// Who is told what each step has changed; `None`: nobody any more.
     pub fn on_change(&self, tell: Option<Tell>) {
         *self.tell.lock() = tell.map(Arc::new);
@@ -155,7 +164,7 @@ impl Follower {
 
     /// How it stands.
     pub fn standing(&self) -> Standing {
-        let (now, monotonic) = (self.env.clock.now(), self.env.clock.monotonic());
+        let (now, monotonic) = (self.parts.env.clock.now(), self.parts.env.clock.monotonic());
         let account = self.account.lock();
         Standing {
             commit: account.commit,
@@ -164,6 +173,7 @@ impl Follower {
             contact: monotonic.saturating_sub(account.contact),
             trouble: account.trouble.clone(),
             jumps: account.jumps,
+            too_old: self.too_old(&account, now),
         }
     }
 
@@ -178,7 +188,7 @@ impl Follower {
             Err(e) => Some(Trouble::Wrong(e.to_string())),
         };
         if !matches!(trouble, Some(Trouble::Away(_))) {
-            account.contact = self.env.clock.monotonic();
+            account.contact = self.parts.env.clock.monotonic();
         }
         if account.trouble != trouble {
             let no = account.commit.map_or(0, |(no, _)| no.0);
@@ -189,6 +199,14 @@ impl Follower {
             }
             account.trouble = trouble;
         }
+        let old = self.too_old(&account, self.parts.env.clock.now());
+        if old.is_some() != account.said_old {
+            match &old {
+                Some(words) => ::log::warn!("{words}"),
+                None => ::log::info!("home is heard of again"),
+            }
+            account.said_old = old.is_some();
+        }
         drop(account);
         stepped
     }
@@ -197,7 +215,7 @@ impl Follower {
         if let Some(why) = &at.broken {
             return Err(Error::Latched(why.clone()));
         }
-        let found = at.tail.next(&self.ctx, &*self.store).await?;
+        let found = at.tail.next(&self.parts.ctx, &*self.parts.store).await?;
         let more = !found.is_empty();
         for segment in found {
             for commit in segment.commits {
@@ -205,13 +223,13 @@ impl Follower {
                 let decoded = decoded.map_err(|e| opening::of_commit(commit.no, segment.head.seq, e));
                 // The chain's end has moved on; without this commit nothing behind it may be shown.
                 let (counters, changes) = decoded.inspect_err(|e| at.broken = Some(e.to_string()))?;
-                let changed = self.fs.advance(commit.no, counters, changes);
+                let changed = self.parts.fs.advance(commit.no, counters, changes);
                 self.account.lock().commit = Some((commit.no, commit.time));
                 self.say(changed);
             }
             self.account.lock().head = Some(segment.head);
         }
-        let now = self.env.clock.monotonic();
+        let now = self.parts.env.clock.monotonic();
         let due = |last: Option<Duration>, every| last.is_none_or(|last| now >= last + every);
         if more && due(at.pinned, PIN_EVERY) {
             self.pin(at, now)?;
@@ -221,17 +239,19 @@ impl Follower {
             at.unsettled = false;
         }
         let behind = at.tail.is_behind();
-        if due(at.audited, if behind { AUDIT_EVERY / 5 } else { AUDIT_EVERY }) {
+        let falls_behind = behind && !std::mem::replace(&mut at.behind, behind);
+        at.behind = behind;
+        if falls_behind || due(at.audited, if behind { AUDIT_EVERY / 5 } else { AUDIT_EVERY }) {
             if !more {
                 self.pin(at, now)?;
             }
             at.audited = Some(now);
-            let count = at.tail.audit(&self.ctx, &*self.store).await?;
-            if self.fs.position().0 > REBASE_ABOVE || count > FAR_SEGMENTS {
+            let count = at.tail.audit(&self.parts.ctx, &*self.parts.store).await?;
+            if self.parts.fs.position().0 > REBASE_ABOVE || count > FAR_SEGMENTS {
                 self.checkpoint(at, count > FAR_SEGMENTS).await?;
             }
         }
-        if self.fs.position().0 > CHANGES_MAX.min(opening::memory() / 2) {
+        if self.parts.fs.position().0 > CHANGES_MAX.min(opening::memory() / 2) {
             return Err(Error::Refused("the changes since home's newest checkpoint take too much memory here".into()));
         }
         Ok(more)
@@ -247,7 +267,7 @@ impl Follower {
     fn pin(&self, at: &mut Position, now: Duration) -> Result<()> {
         at.pinned = Some(now);
         match at.tail.head() {
-            Some(head) => opening::write_pin_if_newer(&self.dir, head),
+            Some(head) => write_pin_if_newer(&self.parts.dir, head),
             None => Ok(()),
         }
     }
@@ -255,11 +275,11 @@ impl Follower {
     /// Looks at the newest checkpoint. One of a commit that is shown takes the place of changes in memory; when far
     /// behind, a newer one is gone to.
     async fn checkpoint(&self, at: &mut Position, far: bool) -> Result<()> {
-        let Some(name) = self.store.list("checkpoint/", None, 1).await?.pop().map(|object| object.name) else {
+        let Some(name) = self.parts.store.list("checkpoint/", None, 1).await?.pop().map(|object| object.name) else {
             return Ok(());
         };
         let Some(commit) = crate::tree::checkpoint::commit_of(&name) else { return Ok(()) };
-        let (_, shown) = self.fs.position();
+        let (_, shown) = self.parts.fs.position();
         if commit > shown {
             return if far { self.jump(at).await } else { Ok(()) };
         }
@@ -267,27 +287,27 @@ impl Follower {
             return Ok(());
         }
         at.checkpoint = commit;
-        let root = opening::usable_checkpoint(&self.ctx, &self.dir, Some(&*self.store), &name).await?;
+        let root = opening::usable_checkpoint(&self.parts.ctx, &self.parts.dir, Some(&*self.parts.store), &name).await?;
         // Only one that stands on the very chain that was followed; an overtaken writer may have left others.
         if let Some(root) = root.filter(|root| at.tail.passed(root.replay_prev)) {
-            self.fs.rebase(Tree { root: root.tree }, root.commit);
+            self.parts.fs.rebase(Tree { root: root.tree }, root.commit);
         }
         Ok(())
     }
 
     /// Opens the newest state as a mount does, and goes on from there.
     async fn jump(&self, at: &mut Position) -> Result<()> {
-        let store = Some(&*self.store);
-        self.pin(at, self.env.clock.monotonic())?; // what is gone to must hold what was seen
+        let store = Some(&*self.parts.store);
+        self.pin(at, self.parts.env.clock.monotonic())?; // what is gone to must hold what was seen
         let opened =
-            opening::recover(&self.ctx, &self.dir, &self.env, store, Role::Reader, Version::Newest).await?;
+            opening::recover(&self.parts.ctx, &self.parts.dir, &self.parts.env, store, Role::Reader, Version::Newest).await?;
         let Opened { recovery, recovered, time, .. } = opened;
-        let (no, before) = (recovery.last_commit, self.fs.position().1);
+        let (no, before) = (recovery.last_commit, self.parts.fs.position().1);
         if no <= before {
             return Ok(());
         }
         ::log::info!("from commit {} to {} by home's newest checkpoint", before.0, no.0);
-        let changed = self.fs.jump(recovery);
+        let changed = self.parts.fs.jump(recovery);
         at.tail = Tail::new(&recovered);
         at.unsettled = true;
         {
@@ -304,17 +324,17 @@ impl Follower {
 
     /// Finds out which of the inodes that the kernel holds a jump has lost, and keeps them.
     async fn settle(&self) -> Result<()> {
-        for ino in self.fs.unsettled() {
+        for ino in self.parts.fs.unsettled() {
             loop {
-                match self.fs.settle(ino) {
+                match self.parts.fs.settle(ino) {
                     Ok(()) => break,
-                    Err(fs::Error::Log(Error::Missing(ptrs))) => self.reader.fetch(&ptrs).await?,
+                    Err(fs::Error::Log(Error::Missing(ptrs))) => self.parts.reader.fetch(&ptrs).await?,
                     Err(fs::Error::Log(e)) => return Err(e),
                     Err(e) => return Err(Error::Refused(e.to_string())),
                 }
             }
         }
-        self.fs.settled();
+        self.parts.fs.settled();
         Ok(())
     }
 }

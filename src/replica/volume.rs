@@ -3,9 +3,10 @@
 //! store before anybody is told otherwise.
 
 use super::durable::{Durable, Position, Protection, WaitError};
-use super::follow::Follower;
+use super::follow::{Follower, Parts as Parted};
 use super::io::Io;
 use super::opening::{self, Opened, Version};
+use super::trust::Trust;
 use super::orphans;
 use super::predecessor::Predecessor;
 use super::proof::ProvenStore;
@@ -25,7 +26,7 @@ use crate::log::{self, ClosedSegment, Error, Result};
 use crate::ops::status::UploadFigures;
 use crate::store::Store;
 use crate::tree::checkpoint;
-use crate::types::{CommitNo, Epoch, FramePtr, Seq, Timestamp};
+use crate::types::{CommitNo, Epoch, FramePtr, Head, Seq, Timestamp};
 use parking_lot::Mutex;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -61,6 +62,8 @@ pub struct OpenOptions {
     pub env: Env,
     /// Which version; a writer opens the newest.
     pub version: Version,
+    /// What a reader demands of the store.
+    pub trust: Trust,
     /// What fsync waits for.
     pub protection: Protection,
     /// How long fsync waits for the store.
@@ -81,6 +84,8 @@ pub struct Volume {
     pub fs: Arc<Fs>,
     /// What the volume is.
     pub superblock: Superblock,
+    /// The end of the chain that it was opened at.
+    pub head: Option<Head>,
     /// Its state directory.
     pub dir: Arc<StateDir>,
     /// The store.
@@ -144,6 +149,10 @@ impl Volume {
             found => (reached, found),
         };
         let opening::Found { superblock, to_pin, ctx, opened } = found?;
+        // Who goes on with a mount shows what was shown.
+        if before.is_none() && options.version == Version::Newest && role == Role::Reader {
+            options.trust.check_age(opened.time, options.env.clock.now())?;
+        }
         if let Some(bytes) = to_pin {
             dir.write_atomic(log::volume::NAME, &bytes)?; // only a volume that could be opened is pinned
         }
@@ -162,7 +171,7 @@ impl Volume {
             ..options.settings
         };
         let shown = opened.time.map(|time| (opened.recovery.last_commit, time));
-        let start = (Tail::new(&opened.recovered), shown);
+        let (start, head) = ((Tail::new(&opened.recovered), shown), opened.recovered.head);
         let parts = Parts {
             options: &options,
             before,
@@ -178,12 +187,14 @@ impl Volume {
         let follower = settings.follow.filter(|_| settings.read_only && options.version == Version::Newest);
         let follower = follower.map(|every| {
             let (dir, store, reader) = (dir.clone(), store.clone(), reader.clone());
-            let follower = Follower::new(ctx, dir, store, reader, options.env.clone(), fs.clone(), start);
+            let max_age = options.trust.max_age;
+            let parts = Parted { ctx, dir, store, reader, max_age, env: options.env.clone(), fs: fs.clone() };
+            let follower = Follower::new(parts, start);
             runtime.spawn(Follower::run(Arc::downgrade(&follower), every));
             follower
         });
         let runtime = runtime.clone();
-        Ok(Volume { follower, fs, superblock, dir, store, opened: shown, reader, runtime, home })
+        Ok(Volume { follower, head, fs, superblock, dir, store, opened: shown, reader, runtime, home })
     }
 
     /// The account of what is durable where; none for a reader.

@@ -193,7 +193,7 @@ class World:
     def away(self, link):
         home, abroad = self.home.point, self.abroad.point
         status = self.abroad.status()
-        check(status["follow"]["state"] == "following" and status["follow"]["head"], "the status says so", status["follow"])
+        check(status["follow"]["state"] == "following" and status["head"], "the status says so", status["follow"])
         link.set("cut")
         (home / "meanwhile").write_text("later")
         self.home.sync()
