@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Segments since the last checkpoint above which one is made: each costs a replay a request.
-const REPLAY_SEGMENTS_MAX: u64 = 512;
+const REPLAY_SEGMENTS_MAX: u64 = 256;
 
 /// Pause after a checkpoint that failed, in seconds.
 const RETRY_SECS: u64 = 30;

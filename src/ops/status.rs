@@ -126,6 +126,8 @@ pub struct StoreStatus {
     pub volume_id: String,
     /// Number of the newest segment.
     pub newest_segment: Option<u64>,
+    /// The same with its hash, as `--expect` takes it.
+    pub head: Option<String>,
     /// Newest commit in the store.
     pub last_commit: Option<CommitPoint>,
     /// Newest checkpoint in the store.
@@ -142,7 +144,8 @@ impl fmt::Display for StoreStatus {
         writeln!(f, "  last commit         {}", point(&self.last_commit))?;
         writeln!(f, "  newest checkpoint   {}", point(&self.newest_checkpoint))?;
         let segment = self.newest_segment.map_or_else(|| "none".into(), |n| format!("{n} ({n:016x})"));
-        write!(f, "  newest segment      {segment}")
+        writeln!(f, "  newest segment      {segment}")?;
+        write!(f, "  head                {}", self.head.as_deref().unwrap_or("none"))
     }
 }
 
