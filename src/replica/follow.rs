@@ -27,6 +27,8 @@ const FAR_SEGMENTS: usize = 128;
 const REBASE_ABOVE: usize = 4 << 20;
 /// Changes in memory beyond which the follower stops for want of a checkpoint, in bytes, and at most a part of memory.
 const CHANGES_MAX: usize = 1 << 30;
+/// A store that has not answered for so long, while it is asked more often, is said to be away.
+const SILENT: Duration = Duration::from_secs(5);
 /// Pause after an answer that is wrong: it is asked again, for the store may be put right.
 const STOPPED_PAUSE: Duration = Duration::from_secs(5);
 /// The head is noted in the state directory at most this often.
@@ -166,12 +168,15 @@ impl Follower {
     pub fn standing(&self) -> Standing {
         let (now, monotonic) = (self.parts.env.clock.now(), self.parts.env.clock.monotonic());
         let account = self.account.lock();
+        // A request is tried again for half a minute before it fails.
+        let every = self.parts.fs.settings.follow.unwrap_or_default();
+        let silent = monotonic.saturating_sub(account.contact) > SILENT.max(2 * every);
         Standing {
             commit: account.commit,
             head: account.head,
             lag: account.commit.map_or(Duration::ZERO, |(_, time)| age(time, now)),
             contact: monotonic.saturating_sub(account.contact),
-            trouble: account.trouble.clone(),
+            trouble: account.trouble.clone().or_else(|| silent.then(|| Trouble::Away("no answer yet".into()))),
             jumps: account.jumps,
             too_old: self.too_old(&account, now),
         }
@@ -217,6 +222,7 @@ impl Follower {
         }
         let found = at.tail.next(&self.parts.ctx, &*self.parts.store).await?;
         let more = !found.is_empty();
+        self.account.lock().contact = self.parts.env.clock.monotonic();
         for segment in found {
             for commit in segment.commits {
                 let decoded = delta::decode(&commit.bodies);
