@@ -64,12 +64,18 @@ impl Store for Abroad {
 }
 
 /// Opens with an empty state directory, and looks at the root. Gives the volume and the round trips it took.
-fn open(world: &World, state: &str, follow: bool, trust: Trust) -> embassyfs::log::Result<(Volume, u32, usize)> {
+fn open(
+    world: &World,
+    state: &str,
+    follow: bool,
+    trust: Trust,
+) -> embassyfs::log::Result<(Volume, u32, usize)> {
     let store = Arc::new(Abroad { inner: world.store.clone(), requests: AtomicUsize::new(0) });
     let options = world.options(state);
     let follow = follow.then_some(Duration::from_millis(10));
     let settings = Settings { read_only: true, follow, ..options.settings };
-    let options = OpenOptions { store: store.clone(), key: world.key(READER_KEY), settings, trust, ..options };
+    let options =
+        OpenOptions { store: store.clone(), key: world.key(READER_KEY), settings, trust, ..options };
     let since = Instant::now();
     let volume = Volume::open(options, world.runtime.handle())?;
     world.run(&volume, |fs| fs.getattr(Ino::ROOT)).unwrap();
@@ -86,11 +92,15 @@ fn a_mount_takes_a_bounded_number_of_round_trips_whatever_the_volume_holds() {
     let mut found = vec![("one file", open(&world, "small", false, Trust::default()).unwrap())];
     for d in 0..20 {
         let name = format!("d{d}");
-        let make = |fs: &embassyfs::fs::Fs| fs.make(Ino::ROOT, name.as_bytes(), &node(FileType::Directory, 0o755), ROOT_USER);
+        let make = |fs: &embassyfs::fs::Fs| {
+            fs.make(Ino::ROOT, name.as_bytes(), &node(FileType::Directory, 0o755), ROOT_USER)
+        };
         let dir = world.run(&home, make).unwrap().ino;
         for f in 0..1000 {
             let name = format!("f{f}");
-            world.run(&home, |fs| fs.make(dir, name.as_bytes(), &node(FileType::Regular, 0o600), ROOT_USER)).unwrap();
+            world
+                .run(&home, |fs| fs.make(dir, name.as_bytes(), &node(FileType::Regular, 0o600), ROOT_USER))
+                .unwrap();
         }
     }
     home.close(Duration::from_secs(20)); // with a checkpoint
@@ -101,7 +111,8 @@ fn a_mount_takes_a_bounded_number_of_round_trips_whatever_the_volume_holds() {
         home.fs.write(file, n, b"2", false).unwrap();
         world.sync(&home);
     }
-    found.push(("240 segments behind the checkpoint", open(&world, "long", false, Trust::default()).unwrap()));
+    found
+        .push(("240 segments behind the checkpoint", open(&world, "long", false, Trust::default()).unwrap()));
     for (what, (_, round_trips, requests)) in &found {
         println!("{what}: {round_trips} round trips, {requests} requests");
         assert!(*round_trips <= ROUND_TRIPS_MAX, "{what}: {round_trips}");

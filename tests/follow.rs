@@ -154,7 +154,9 @@ fn random_changes_are_followed_step_by_step() {
                 }
                 (Ok(_), 1) => {
                     let to = format!("f{}", next(12));
-                    home.fs.rename((Ino::ROOT, name.as_bytes()), (Ino::ROOT, to.as_bytes()), 0, ROOT_USER).unwrap();
+                    home.fs
+                        .rename((Ino::ROOT, name.as_bytes()), (Ino::ROOT, to.as_bytes()), 0, ROOT_USER)
+                        .unwrap();
                 }
                 (Ok(attr), _) => {
                     let data = noise(round, next(200_000) as usize + 1);
@@ -188,7 +190,8 @@ fn a_store_that_is_damaged_rolled_back_or_forked_stops_the_follower_where_it_is(
     home.fs.write(file, 0, b"next", false).unwrap();
     world.sync(&home);
     let second = segments().pop().unwrap();
-    let (good, step) = (std::fs::read(&second).unwrap(), || world.runtime.block_on(abroad.follower().unwrap().step()));
+    let (good, step) =
+        (std::fs::read(&second).unwrap(), || world.runtime.block_on(abroad.follower().unwrap().step()));
     let mut bad = good.clone();
     *bad.last_mut().unwrap() ^= 1;
     std::fs::write(&second, &bad).unwrap();

@@ -138,7 +138,9 @@ pub fn plan(args: MountArgs) -> Result<MountPlan, Failure> {
     }
     let trust = Trust { expect: args.expect, max_age: args.max_age };
     if trust != Trust::default() && !options.read_only {
-        return Err(Failure::usage("--expect and --max-age are for mounts that do not write").hint("add --read-only"));
+        return Err(
+            Failure::usage("--expect and --max-age are for mounts that do not write").hint("add --read-only")
+        );
     }
     if trust.max_age.is_some() && at.is_some() {
         return Err(Failure::usage("--at shows the past, however old; --max-age does not go with it"));

@@ -106,7 +106,10 @@ pub const KNOWN: &[(&str, &str)] = &[
         "relatime, noatime",
         "reading changes access times, at most daily or once after a change (default noatime)",
     ),
-    ("heartbeat=TIME", "an idle writer's sign of life, an empty commit, after so long (default 60s; 0: none)"),
+    (
+        "heartbeat=TIME",
+        "an idle writer's sign of life, an empty commit, after so long (default 60s; 0: none)",
+    ),
     ("follow", "read-only: move on with home (default nofollow)"),
     ("follow_interval=TIME", "how often a follower asks the store (default 500ms)"),
     ("supervise", "mount again by itself after a crash of the daemon (default nosupervise)"),

@@ -4,11 +4,11 @@
 use super::exit::{ExitCode, Failure};
 use super::seam::{OpenRequest, Served};
 use crate::clock::Env;
+use crate::fs::Changed;
 use crate::fuse::adapter::{self, Ended, Ready};
 use crate::fuse::connection::{Connection, Switch};
 use crate::fuse::control_dir::ControlDir;
 use crate::fuse::serve::{Backend, Requests};
-use crate::fs::Changed;
 use crate::log;
 use crate::ops::control::Control;
 use crate::ops::requests::Watch;

@@ -1,8 +1,8 @@
 //! `embassyfs versions`: the commits that can be mounted with `--at`.
 
 use super::exit::{ExitCode, Outcome};
-use super::{StoreArgs, absolute, print, print_error, print_json, required, seam};
 use super::options::{At, parse_at, parse_duration};
+use super::{StoreArgs, absolute, print, print_error, print_json, required, seam};
 use crate::ops::status::rfc3339;
 use crate::types::Timestamp;
 use serde_json::json;
@@ -39,7 +39,9 @@ pub struct VersionsArgs {
 fn parse_time(text: &str) -> Result<Timestamp, String> {
     match parse_at(text)? {
         At::Time(time) => Ok(time),
-        At::Commit(_) => Err(format!("'{text}' is a number; a time has an offset, as 2025-01-31T12:00:00Z, or an @")),
+        At::Commit(_) => {
+            Err(format!("'{text}' is a number; a time has an offset, as 2025-01-31T12:00:00Z, or an @"))
+        }
     }
 }
 

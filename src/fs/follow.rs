@@ -223,7 +223,9 @@ fn keys_of(ino: Ino, levels: &[Level]) -> Delta {
     let all = key::all_of(ino);
     let mut delta = Delta::new();
     for level in levels.iter().rev() {
-        delta.extend(level.delta.range(all.clone()).map(|(k, v): (&Key, &Option<Value>)| (k.clone(), v.clone())));
+        delta.extend(
+            level.delta.range(all.clone()).map(|(k, v): (&Key, &Option<Value>)| (k.clone(), v.clone())),
+        );
     }
     delta
 }
@@ -295,7 +297,8 @@ impl Fs {
         std::mem::swap(&mut state.levels, &mut newest.levels);
         state.tree = newest.tree;
         state.generation = newest.generation;
-        (state.next_ino, state.live_bytes, state.inodes) = (newest.next_ino, newest.live_bytes, newest.inodes);
+        (state.next_ino, state.live_bytes, state.inodes) =
+            (newest.next_ino, newest.live_bytes, newest.inodes);
         state.active.clear();
         state.active_weight = 0;
         state.allocated.clear();

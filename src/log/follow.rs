@@ -46,8 +46,7 @@ pub struct Tail {
 impl Tail {
     /// The end that recovery found.
     pub fn new(recovered: &Recovered) -> Tail {
-        let walk =
-            Walk { head: recovered.head, epoch: recovered.epoch, last_commit: recovered.last_commit };
+        let walk = Walk { head: recovered.head, epoch: recovered.epoch, last_commit: recovered.last_commit };
         let heads = recovered.head.iter().map(|head| (head.seq, head.hash)).collect();
         Tail { walk, next: recovered.next_seq, window: 1, heads }
     }

@@ -176,7 +176,10 @@ impl Follower {
             head: account.head,
             lag: account.commit.map_or(Duration::ZERO, |(_, time)| age(time, now)),
             contact: monotonic.saturating_sub(account.contact),
-            trouble: account.trouble.clone().or_else(|| silent.then(|| Trouble::Away("no answer yet".into()))),
+            trouble: account
+                .trouble
+                .clone()
+                .or_else(|| silent.then(|| Trouble::Away("no answer yet".into()))),
             jumps: account.jumps,
             too_old: self.too_old(&account, now),
         }
@@ -258,7 +261,9 @@ impl Follower {
             }
         }
         if self.parts.fs.position().0 > CHANGES_MAX.min(opening::memory() / 2) {
-            return Err(Error::Refused("the changes since home's newest checkpoint take too much memory here".into()));
+            return Err(Error::Refused(
+                "the changes since home's newest checkpoint take too much memory here".into(),
+            ));
         }
         Ok(more)
     }
@@ -281,7 +286,8 @@ impl Follower {
     /// Looks at the newest checkpoint. One of a commit that is shown takes the place of changes in memory; when far
     /// behind, a newer one is gone to.
     async fn checkpoint(&self, at: &mut Position, far: bool) -> Result<()> {
-        let Some(name) = self.parts.store.list("checkpoint/", None, 1).await?.pop().map(|object| object.name) else {
+        let Some(name) = self.parts.store.list("checkpoint/", None, 1).await?.pop().map(|object| object.name)
+        else {
             return Ok(());
         };
         let Some(commit) = crate::tree::checkpoint::commit_of(&name) else { return Ok(()) };
@@ -293,7 +299,9 @@ impl Follower {
             return Ok(());
         }
         at.checkpoint = commit;
-        let root = opening::usable_checkpoint(&self.parts.ctx, &self.parts.dir, Some(&*self.parts.store), &name).await?;
+        let root =
+            opening::usable_checkpoint(&self.parts.ctx, &self.parts.dir, Some(&*self.parts.store), &name)
+                .await?;
         // Only one that stands on the very chain that was followed; an overtaken writer may have left others.
         if let Some(root) = root.filter(|root| at.tail.passed(root.replay_prev)) {
             self.parts.fs.rebase(Tree { root: root.tree }, root.commit);
@@ -305,8 +313,15 @@ impl Follower {
     async fn jump(&self, at: &mut Position) -> Result<()> {
         let store = Some(&*self.parts.store);
         self.pin(at, self.parts.env.clock.monotonic())?; // what is gone to must hold what was seen
-        let opened =
-            opening::recover(&self.parts.ctx, &self.parts.dir, &self.parts.env, store, Role::Reader, Version::Newest).await?;
+        let opened = opening::recover(
+            &self.parts.ctx,
+            &self.parts.dir,
+            &self.parts.env,
+            store,
+            Role::Reader,
+            Version::Newest,
+        )
+        .await?;
         let Opened { recovery, recovered, time, .. } = opened;
         let (no, before) = (recovery.last_commit, self.parts.fs.position().1);
         if no <= before {

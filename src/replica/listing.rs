@@ -4,11 +4,11 @@
 use super::opening::context;
 use super::opening::list_checkpoints;
 use crate::crypto::keyfile::KeyFile;
+use crate::log::segment::VolumeContext;
 use crate::log::{CommitInfo, Error, Result, chain};
 use crate::ops::init::load_superblock;
 use crate::store::Store;
 use crate::tree::checkpoint;
-use crate::log::segment::VolumeContext;
 use crate::types::{CommitNo, Head, Seq, Timestamp, VolumeId};
 use std::collections::HashSet;
 

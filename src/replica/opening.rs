@@ -409,7 +409,10 @@ pub(super) async fn find(
         if options.version == Version::Newest {
             trust::check_pin(&ctx, dir, store, head).await?;
         }
-        options.trust.check_expected(&ctx, store, head.filter(|_| options.version == Version::Newest)).await?;
+        options
+            .trust
+            .check_expected(&ctx, store, head.filter(|_| options.version == Version::Newest))
+            .await?;
     }
     Ok(Found { superblock, to_pin, ctx, opened })
 }

@@ -158,7 +158,10 @@ mod tests {
     fn what_is_too_old_is_refused_and_what_is_from_the_future_is_not() {
         let at = |secs| Timestamp { secs, nanos: 0 };
         let trust = Trust { max_age: Some(Duration::from_secs(60)), ..Trust::default() };
-        assert!(trust.check_age(Some(at(1000)), at(1060)).is_ok() && trust.check_age(Some(at(2000)), at(1000)).is_ok());
+        assert!(
+            trust.check_age(Some(at(1000)), at(1060)).is_ok()
+                && trust.check_age(Some(at(2000)), at(1000)).is_ok()
+        );
         assert!(Trust::default().check_age(None, at(0)).is_ok());
         let refused = trust.check_age(Some(at(1000)), at(1061)).unwrap_err().to_string();
         assert!(refused.contains("FROZEN OR SILENT") && refused.contains("1 min 1 s old"), "{refused}");

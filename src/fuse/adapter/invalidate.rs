@@ -44,7 +44,11 @@ impl Drop for Telling {
 }
 
 /// Begins to tell the kernel of changes, if the volume moves on. What the kernel kept from before is told first.
-pub(super) fn start(requests: &Arc<Requests>, notifier: Notifier, fd: impl AsFd) -> io::Result<Option<Telling>> {
+pub(super) fn start(
+    requests: &Arc<Requests>,
+    notifier: Notifier,
+    fd: impl AsFd,
+) -> io::Result<Option<Telling>> {
     if !requests.follows() {
         return Ok(None);
     }
