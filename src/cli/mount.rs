@@ -4,7 +4,7 @@
 use super::daemon::{self, ReadyPipe, Side};
 use super::exit::{ExitCode, Failure, Outcome};
 use super::logging;
-use super::options::{At, MountOptions, parse_at};
+use super::options::{At, MountOptions, parse_at, parse_duration};
 use super::seam::OpenRequest;
 use super::serve::serve;
 use super::supervise;
@@ -12,6 +12,8 @@ use super::{StoreArgs, absolute, required};
 use crate::fuse::control_dir;
 use crate::fuse::mount::{self as kernel, MountSettings};
 use crate::fuse::table;
+use crate::replica::{Trust, parse_head};
+use crate::types::Head;
 use ::log::LevelFilter;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
@@ -31,6 +33,8 @@ Mount options (-o):
 Examples:
   embassyfs mount --store s3://embassy/land --key writer.key --state /var/lib/embassyfs/land \\
                   -o allow_other,protection=strict /srv/land
+  embassyfs mount --read-only --follow --store s3://embassy/land --key reader.key \
+                  --state /var/lib/embassyfs/land /srv/land
   embassyfs mount --config /etc/embassyfs/land.toml
   embassyfs mount --read-only --at 2025-01-31T12:00:00Z --store s3://embassy/land --key reader.key \\
                   --state /var/lib/embassyfs/land /srv/land-january
@@ -52,6 +56,15 @@ pub struct MountArgs {
     /// Mount without writing anything to the store; the reader's key is enough.
     #[arg(long)]
     pub(super) read_only: bool,
+    /// With --read-only: move on as home ships, instead of showing one state.
+    #[arg(long)]
+    pub(super) follow: bool,
+    /// With --read-only: refuse a store whose newest commit is older, such as 1h. A follower goes on and says so.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub(super) max_age: Option<Duration>,
+    /// With --read-only: refuse a store whose history does not hold this segment, as 'status' and 'versions' print it.
+    #[arg(long, value_name = "SEQ:HASH", value_parser = parse_head)]
+    pub(super) expect: Option<Head>,
     /// Show the volume as it was: a commit number, a time like 2025-01-31T12:00:00Z, or @seconds since 1970.
     #[arg(long, value_name = "SEQ|TIME", value_parser = parse_at)]
     pub(super) at: Option<At>,
@@ -113,8 +126,24 @@ pub fn plan(args: MountArgs) -> Result<MountPlan, Failure> {
     config.options.iter().try_for_each(|word| options.apply_one(word))?;
     args.options.iter().try_for_each(|list| options.apply(list))?;
     options.read_only |= args.read_only;
+    options.follow |= args.follow;
+    if options.follow && !options.read_only {
+        return Err(Failure::usage("--follow is for mounts that do not write").hint("add --read-only"));
+    }
+    if options.follow && at.is_some() {
+        return Err(Failure::usage("--at shows one state, --follow moves on; they do not go together"));
+    }
     if at.is_some() && !options.read_only {
         return Err(Failure::usage("--at shows the past, which cannot be written").hint("add --read-only"));
+    }
+    let trust = Trust { expect: args.expect, max_age: args.max_age };
+    if trust != Trust::default() && !options.read_only {
+        return Err(
+            Failure::usage("--expect and --max-age are for mounts that do not write").hint("add --read-only")
+        );
+    }
+    if trust.max_age.is_some() && at.is_some() {
+        return Err(Failure::usage("--at shows the past, however old; --max-age does not go with it"));
     }
     let fsname = options.fsname.clone().or(args.fstab_source).unwrap_or_default();
     let settings = MountSettings {
@@ -144,6 +173,9 @@ pub fn plan(args: MountArgs) -> Result<MountPlan, Failure> {
             uploads: options.uploads,
             size_limit: options.size_limit,
             relatime: options.relatime,
+            heartbeat: options.heartbeat,
+            trust,
+            follow: options.follow.then_some(options.follow_interval),
         },
         settings,
         foreground: args.foreground || config.foreground.unwrap_or(false),

@@ -50,6 +50,12 @@ pub struct MountOptions {
     pub relatime: bool,
     /// `read_ahead=`
     pub read_ahead: u64,
+    /// `heartbeat=`: a writer without changes gives a sign of life this often; none: never.
+    pub heartbeat: Option<Duration>,
+    /// `follow`: a read-only mount moves on with home.
+    pub follow: bool,
+    /// `follow_interval=`: how often it asks the store.
+    pub follow_interval: Duration,
     /// `supervise`: after a crash of the daemon the volume is mounted again.
     pub supervise: bool,
 }
@@ -72,6 +78,9 @@ impl Default for MountOptions {
             exec: true,
             relatime: false,
             read_ahead: 1 << 20,
+            heartbeat: Some(Duration::from_secs(60)),
+            follow: false,
+            follow_interval: Duration::from_millis(500),
             supervise: false,
         }
     }
@@ -97,6 +106,12 @@ pub const KNOWN: &[(&str, &str)] = &[
         "relatime, noatime",
         "reading changes access times, at most daily or once after a change (default noatime)",
     ),
+    (
+        "heartbeat=TIME",
+        "an idle writer's sign of life, an empty commit, after so long (default 60s; 0: none)",
+    ),
+    ("follow", "read-only: move on with home (default nofollow)"),
+    ("follow_interval=TIME", "how often a follower asks the store (default 500ms)"),
     ("supervise", "mount again by itself after a crash of the daemon (default nosupervise)"),
     ("read_ahead=SIZE", "how far the kernel reads ahead (default 1M; 0: the kernel's own)"),
 ];
@@ -151,6 +166,7 @@ impl MountOptions {
             "ro" | "rw" => self.read_only = word == "ro",
             "exec" | "noexec" => self.exec = word == "exec",
             "suid" | "nosuid" => self.suid = word == "suid",
+            "follow" | "nofollow" => self.follow = word == "follow",
             "supervise" | "nosupervise" => self.supervise = word == "supervise",
             "dev" | "nodev" => self.dev = word == "dev",
             "atime" | "relatime" => self.relatime = true,
@@ -173,6 +189,12 @@ impl MountOptions {
         match name {
             "protection" => self.protection = value.parse().map_err(bad)?,
             "sync_timeout" => self.sync_timeout = parse_duration(value).map_err(bad)?,
+            "heartbeat" => {
+                self.heartbeat = Some(parse_duration(value).map_err(bad)?).filter(|every| !every.is_zero());
+            }
+            "follow_interval" => {
+                self.follow_interval = parse_duration(value).map_err(bad)?.max(Duration::from_millis(10));
+            }
             "cache_size" => self.cache_size = parse_size(value).map_err(bad)?,
             "memory_size" => self.memory_size = parse_size(value).map_err(bad)?,
             "dirty_size" => self.dirty_size = parse_size(value).map_err(bad)?,

@@ -145,6 +145,12 @@ fn words(plan: &MountPlan, at: Option<CommitNo>) -> io::Result<Vec<String>> {
     if request.read_only {
         words.push("--read-only".into());
     }
+    if let Some(head) = request.trust.expect {
+        words.extend(["--expect".into(), format!("{}:{}", head.seq, head.hash)]);
+    }
+    if let Some(age) = request.trust.max_age {
+        words.extend(["--max-age".into(), format!("{}ms", age.as_millis())]);
+    }
     if let Some(no) = at.filter(|no| request.read_only && no.0 > 0) {
         words.extend(["--at".into(), no.0.to_string()]);
     }
@@ -173,7 +179,10 @@ fn options(plan: &MountPlan) -> String {
         either(settings.exec, "exec", "noexec"),
         either(request.relatime, "relatime", "noatime"),
         either(plan.supervise, "supervise", "nosupervise"),
+        format!("heartbeat={}ms", request.heartbeat.unwrap_or_default().as_millis()),
+        either(request.follow.is_some(), "follow", "nofollow"),
     ];
+    all.extend(request.follow.map(|every| format!("follow_interval={}ms", every.as_millis())));
     all.extend(request.size_limit.map(|n| format!("size={}", size(n))));
     all.extend(settings.allow_other.then(|| "allow_other".to_string()));
     all.join(",")

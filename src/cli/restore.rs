@@ -12,6 +12,7 @@ use crate::ops::place::Dir;
 use crate::ops::reader::Reader;
 use crate::ops::restore::{Report, Restore, Stopped};
 use crate::ops::status::{bytes, rfc3339};
+use crate::replica::Trust;
 use crate::replica::durable::Protection;
 use crate::replica::volume::{OpenOptions, Volume};
 use serde_json::json;
@@ -124,6 +125,7 @@ pub fn open(reading: &Reading, at: Option<At>) -> Result<Volume, Failure> {
         disk_cache: DISK_CACHE,
         frame_cache: FRAME_CACHE,
         uploads: 1,
+        trust: Trust::default(),
         settings: Settings { read_only: true, ..Settings::default() },
     };
     Volume::open(options, reading.runtime.handle()).map_err(|e| seam::failure(&e))

@@ -18,9 +18,9 @@ use crate::ops::status::{CommitPoint, Status, StoreStatus};
 use crate::ops::{self, init::InitError};
 use crate::replica::durable::Protection;
 use crate::replica::volume::{OpenOptions, Volume};
-use crate::replica::{Io, Predecessor, Version, listing};
+use crate::replica::{Io, Predecessor, Trust, Version, listing};
 use crate::store::{self, Store, StoreError};
-use crate::types::CommitNo;
+use crate::types::{CommitNo, Timestamp};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -62,6 +62,12 @@ pub struct OpenRequest {
     pub size_limit: Option<u64>,
     /// Reading changes access times.
     pub relatime: bool,
+    /// An idle writer gives a sign of life this often.
+    pub heartbeat: Option<Duration>,
+    /// What a reader demands of the store.
+    pub trust: Trust,
+    /// A reader moves on with home, and asks the store this often.
+    pub follow: Option<Duration>,
 }
 
 /// An open volume, not mounted yet.
@@ -131,6 +137,7 @@ impl Prepared {
                 Some(At::Commit(no)) => Version::Commit(no),
                 Some(At::Time(time)) => Version::Time(time),
             },
+            trust: request.trust,
             protection: request.protection,
             sync_timeout: request.sync_timeout,
             disk_cache: request.cache_size,
@@ -141,6 +148,8 @@ impl Prepared {
                 dirty_max: request.dirty_size,
                 size_limit: request.size_limit,
                 relatime: request.relatime,
+                heartbeat: request.heartbeat,
+                follow: request.follow,
                 root_owner: Caller { uid, gid },
                 ..Settings::default()
             },
@@ -213,14 +222,26 @@ pub fn init(request: InitRequest) -> Result<InitReport, Failure> {
     })
 }
 
-/// At most `limit` commits of the volume, the newest first, and the numbers of those that have a checkpoint.
-pub fn versions(request: &StoreRequest, limit: usize) -> Result<Vec<(CommitInfo, bool)>, Failure> {
+/// At most `limit` commits of the volume from `since` on, the newest first, and which of them have a checkpoint. Refused
+/// if the newest of all is older than `max_age`.
+pub fn versions(
+    request: &StoreRequest,
+    since: Option<Timestamp>,
+    limit: usize,
+    max_age: Option<Duration>,
+) -> Result<Vec<(CommitInfo, bool)>, Failure> {
     let asked = Asked::new(request)?;
-    let listing = listing::versions(&*asked.store, &asked.key);
-    let mut all = asked.runtime.block_on(listing).map_err(|e| failure(&e))?;
-    all.reverse();
-    all.truncate(limit);
-    Ok(all)
+    let listing = listing::versions(&*asked.store, &asked.key, since, limit);
+    let commits = asked.runtime.block_on(listing).map_err(|e| failure(&e))?;
+    if max_age.is_some() {
+        let newest = match commits.first() {
+            Some((newest, _)) => Some(newest.time),
+            None => store_status(request)?.last_commit.map(|point| point.time),
+        };
+        let trust = Trust { max_age, ..Trust::default() };
+        trust.check_age(newest, Env::system().clock.now()).map_err(|e| failure(&e))?;
+    }
+    Ok(commits)
 }
 
 /// What the store says about its volume.
@@ -235,7 +256,8 @@ pub fn store_status(request: &StoreRequest) -> Result<StoreStatus, Failure> {
         store: asked.store.describe(),
         volume: found.name,
         volume_id: found.id.to_string(),
-        newest_segment: found.newest_segment.map(|seq| seq.0),
+        newest_segment: found.newest_segment.map(|head| head.seq.0),
+        head: found.newest_segment.map(|head| format!("{}:{}", head.seq, head.hash)),
         last_commit: point(found.last_commit),
         newest_checkpoint: point(found.newest_checkpoint),
     })

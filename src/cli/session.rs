@@ -5,6 +5,7 @@ use super::exit::{ExitCode, Failure};
 use super::options::{At, parse_at};
 use super::seam::{OpenRequest, Served};
 use crate::clock::Env;
+use crate::fs::Changed;
 use crate::fuse::adapter::{self, Ended, Ready};
 use crate::fuse::connection::{Connection, Switch};
 use crate::fuse::control_dir::ControlDir;
@@ -13,8 +14,9 @@ use crate::fuse::serve::{Backend, Requests};
 use crate::log::{self, Error};
 use crate::ops::control::Control;
 use crate::ops::requests::Watch;
-use crate::ops::status::{CommitPoint, Status};
+use crate::ops::status::{CommitPoint, FollowStatus, Status};
 use crate::replica::durable::Protection;
+use crate::replica::follow::{Standing, Trouble};
 use crate::replica::volume::Volume;
 use crate::replica::{Predecessor, Version};
 use crate::types::{CommitNo, FramePtr, Timestamp};
@@ -61,6 +63,31 @@ impl MountControl {
         }
     }
 
+    fn following(&self, status: &mut Status, standing: Standing) {
+        let (state, trouble) = match standing.trouble {
+            None => ("following", None),
+            Some(Trouble::Away(e)) => ("store away", Some(e)),
+            Some(Trouble::Wrong(e)) => ("stopped", Some(e)),
+        };
+        status.in_sync = state == "following" && standing.too_old.is_none();
+        status.lag_seconds = standing.lag.as_secs_f64();
+        status.store_error.clone_from(&trouble);
+        if state == "stopped" {
+            status.last_error.clone_from(&trouble);
+        }
+        if let (None, Some(old)) = (&status.last_error, &standing.too_old) {
+            status.last_error = Some(old.clone());
+        }
+        status.head = standing.head.map(|head| format!("{}:{}", head.seq, head.hash));
+        status.follow = Some(FollowStatus {
+            too_old: standing.too_old.is_some(),
+            state: state.into(),
+            contact_seconds: standing.contact.as_secs_f64(),
+            jumps: standing.jumps,
+            error: trouble,
+        });
+    }
+
     fn wait_remote(&self, timeout: Duration, progress: &mut dyn FnMut(&Status)) -> Result<(), String> {
         let (sender, receiver) = channel();
         self.volume.when_remote(
@@ -105,15 +132,20 @@ impl Control for MountControl {
         let (newest, remote) = volume.commit_times();
         let Some(durable) = volume.durable() else {
             status.role = "reader".into();
+            status.head = volume.head.map(|head| format!("{}:{}", head.seq, head.hash));
             status.in_sync = true;
-            status.last_commit = volume.opened.and_then(|(no, time)| point(no, time));
+            status.last_commit = volume.shown().and_then(|(no, time)| point(no, time));
             status.last_durable = status.last_commit;
             status.last_error = self.failed.lock().clone();
+            if let Some(follower) = volume.follower() {
+                self.following(&mut status, follower.standing());
+            }
             return status;
         };
         let account = durable.snapshot();
         status.role = "writer".into();
         status.in_sync = account.in_sync && account.fenced.is_none() && account.latched.is_none();
+        status.head = account.remote_head.map(|head| format!("{}:{}", head.seq, head.hash));
         status.lag_seconds = account.lag.as_secs_f64();
         status.unsent_bytes = account.unsent_bytes;
         status.unsent_segments = account.unsent_segments;
@@ -199,6 +231,12 @@ impl Backend for MountControl {
         *self.failed.lock() = Some(what.to_string());
     }
 
+    fn on_change(&self, tell: Option<Box<dyn Fn(Changed) + Send + Sync>>) {
+        if let Some(follower) = self.volume.follower() {
+            follower.on_change(tell);
+        }
+    }
+
     fn watch(&self) -> &Arc<Watch> {
         &self.watch
     }
@@ -279,7 +317,9 @@ impl Served for Session {
 
     fn shown(&self) -> Option<CommitNo> {
         let volume = &self.control.volume;
-        volume.opened.filter(|_| volume.durable().is_none()).map(|(no, _)| no)
+        // A follower's successor goes on with the newest, as it does itself.
+        let fixed = volume.durable().is_none() && volume.follower().is_none();
+        volume.opened.filter(|_| fixed).map(|(no, _)| no)
     }
 
     fn pass_on(self: Box<Self>) -> Predecessor {

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Segments since the last checkpoint above which one is made: each costs a replay a request.
-const REPLAY_SEGMENTS_MAX: u64 = 512;
+const REPLAY_SEGMENTS_MAX: u64 = 256;
 
 /// Pause after a checkpoint that failed, in seconds.
 const RETRY_SECS: u64 = 30;
@@ -93,8 +93,10 @@ impl Checkpointer {
         let weight: usize = state.levels.iter().map(|l| l.weight).sum();
         let segments = next_seq.saturating_sub(self.replay_seq.load(Ordering::Acquire));
         let log_max = if state.no_space { settings.segment_size } else { settings.replay_max };
+        // Commits without changes, signs of life, are segments to replay all the same.
         weight >= settings.memtable_max
-            || (self.anything_new(state) && (segments >= REPLAY_SEGMENTS_MAX || log_bytes >= log_max))
+            || segments >= REPLAY_SEGMENTS_MAX
+            || (self.anything_new(state) && log_bytes >= log_max)
     }
 
     /// True when there are committed changes that no checkpoint holds.

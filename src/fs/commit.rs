@@ -60,6 +60,8 @@ pub struct Committer {
     closed: CommitNo,
     /// Newest commit in the log.
     committed: CommitNo,
+    /// When it was made (monotonic), or this committer began.
+    committed_at: Duration,
     counters: Counters,
     /// The log as last seen.
     view: LogView,
@@ -85,6 +87,8 @@ impl LogView {
 #[derive(Default, Debug, PartialEq, Eq)]
 struct Todo {
     seal: bool,
+    /// A commit of nothing, as a sign of life.
+    beat: bool,
     commit: bool,
     close: bool,
     checkpoint: bool,
@@ -117,6 +121,7 @@ impl Committer {
             let state = fs.state.lock();
             Counters { next_ino: state.next_ino, live_bytes: state.live_bytes, inodes: state.inodes }
         };
+        let committed_at = fs.env.clock.monotonic();
         Committer {
             fs,
             log,
@@ -124,6 +129,7 @@ impl Committer {
             checkpointer,
             closed: committed,
             committed,
+            committed_at,
             counters,
             view: LogView::default(),
             log_bytes: 0,
@@ -161,7 +167,12 @@ impl Committer {
         if todo.seal && !todo.commit {
             self.seal_full_records()?;
         }
-        if todo.commit {
+        if todo.beat {
+            let mut state = self.fs.state.lock();
+            state.touch(self.committed_at);
+            state.wanted_closed = state.wanted_closed.max(state.generation); // and sent at once
+        }
+        if todo.commit || todo.beat {
             let close = todo.close || self.fs.state.lock().wanted_closed > self.closed;
             self.commit(close)?;
             self.compact();
@@ -212,7 +223,9 @@ impl Committer {
             || state.active_weight >= settings.memtable_max / 2;
         let urgent = pressure || state.stopping || state.wanted >= state.generation;
         let checkpoint = self.checkpointer.due(state, self.view.next_seq, self.log_bytes);
+        let beat = settings.heartbeat.map(|every| self.committed_at + every).filter(|_| !changed && !behind);
         let todo = Todo {
+            beat: beat.is_some_and(|at| now >= at) && !state.stopping,
             seal: state.full.len() as u64 * settings.record_size >= SEAL_EARLY_BYTES,
             commit: changed && (urgent || passed(state.changed_at)),
             close: behind && (passed(opened) || state.stopping || state.wanted_closed > self.closed),
@@ -220,8 +233,9 @@ impl Committer {
             stop: state.stopping || state.broken,
         };
         let deadlines = [state.changed_at, opened].into_iter().flatten();
-        let next = deadlines.map(|at| (at + interval).saturating_sub(now)).min();
-        (todo, next.unwrap_or(IDLE_SLEEP).max(Duration::from_millis(1)))
+        let deadlines = deadlines.map(|at| at + interval).chain(beat);
+        let next = deadlines.map(|at| at.saturating_sub(now)).min();
+        (todo, next.unwrap_or(IDLE_SLEEP).clamp(Duration::from_millis(1), IDLE_SLEEP))
     }
 
     /// Seals whole records of the running generation, so that a commit never has much left to do.
@@ -347,6 +361,7 @@ impl Committer {
         }
         drop(parts);
         self.committed = taken.no;
+        self.committed_at = self.fs.env.clock.monotonic();
         self.counters = counters;
         self.publish(changes, counters);
         self.shipping.committed(taken.no);
@@ -367,7 +382,10 @@ impl Committer {
         let meta = Arc::new(std::mem::take(&mut state.active));
         let weight = std::mem::take(&mut state.active_weight);
         let base = state.levels.iter().map(|l| l.delta.clone()).collect();
-        state.levels.insert(0, Level { delta: meta.clone(), weight, frozen: false });
+        let upto = state.generation;
+        if !meta.is_empty() {
+            state.levels.insert(0, Level { delta: meta.clone(), weight, frozen: false, upto });
+        }
         let dirty = Arc::new(std::mem::take(&mut state.dirty));
         state.sealing = Some(dirty.clone());
         state.sealing_bytes = std::mem::take(&mut state.dirty_bytes);
@@ -394,7 +412,8 @@ impl Committer {
         let weight = changes.iter().map(|(k, v)| weight(k, v)).sum();
         let mut state = self.fs.state.lock();
         if !changes.is_empty() {
-            state.levels.insert(0, Level { delta: Arc::new(changes), weight, frozen: false });
+            let upto = self.committed;
+            state.levels.insert(0, Level { delta: Arc::new(changes), weight, frozen: false, upto });
         }
         let done = state.sealing.take();
         (state.sealing_bytes, state.sealing_growth) = (0, 0);
@@ -413,15 +432,15 @@ impl Committer {
                 let state = self.fs.state.lock();
                 match state.levels.as_slice() {
                     [a, b, ..] if !b.frozen && !a.frozen && a.weight * 2 >= b.weight => {
-                        (a.delta.clone(), b.delta.clone())
+                        (a.clone(), b.clone())
                     }
                     _ => return,
                 }
             };
-            let mut delta = Delta::clone(&lower);
-            delta.extend(upper.iter().map(|(k, v)| (k.clone(), v.clone())));
+            let mut delta = Delta::clone(&lower.delta);
+            delta.extend(upper.delta.iter().map(|(k, v)| (k.clone(), v.clone())));
             let weight = delta.iter().map(|(k, v)| weight(k, v)).sum();
-            let level = Level { delta: Arc::new(delta), weight, frozen: false };
+            let level = Level { delta: Arc::new(delta), weight, frozen: false, upto: upper.upto };
             self.fs.state.lock().levels.splice(0..2, [level]);
         }
     }

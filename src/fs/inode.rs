@@ -265,7 +265,11 @@ impl Fs {
     /// The kernel gave back `n` references; an unlinked inode nobody holds any more is freed.
     pub fn forget(&self, ino: Ino, n: u64) -> Result<()> {
         let mut state = self.state.lock();
-        if !state.lookups.forget(ino, n) || !state.orphans.contains(&ino) || self.settings.read_only {
+        let let_go = state.lookups.forget(ino, n);
+        if let_go {
+            state.kept.forget(ino);
+        }
+        if !let_go || !state.orphans.contains(&ino) || self.settings.read_only {
             return Ok(());
         }
         drop(state);

@@ -47,6 +47,17 @@ impl Lookups {
         self.blocks.get(&(ino.0 / BLOCK)).is_some_and(|b| b[(ino.0 % BLOCK) as usize] > 0)
     }
 
+    /// All inodes that the kernel holds, in order.
+    pub fn held(&self) -> Vec<Ino> {
+        let mut held = Vec::new();
+        for (number, block) in &self.blocks {
+            let cells = block.iter().zip(number * BLOCK..).filter(|(count, _)| **count > 0);
+            held.extend(cells.map(|(_, ino)| Ino(ino)));
+        }
+        held.sort_unstable();
+        held
+    }
+
     /// All counts, for another process. Block by block: its number, and a byte for each inode; then, behind a number that
     /// no block has, inodes and what exceeds their bytes. Integers are little-endian.
     pub fn encode(&self) -> Vec<u8> {

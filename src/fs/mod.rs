@@ -12,6 +12,7 @@
 //! | `dirty` | written bytes not in the log yet |
 //! | `commit`, `edit` | the committer: from memory to the log, and what it changes in extents |
 //! | `checkpoint` | from the log's deltas to the tree |
+//! | `follow` | a reader that moves on with home |
 
 mod acl;
 mod checkpoint;
@@ -21,6 +22,7 @@ mod dirty;
 mod edit;
 mod error;
 mod extents;
+mod follow;
 mod inode;
 mod lookups;
 mod namespace;
@@ -33,6 +35,7 @@ pub use checkpoint::{CheckpointOutcome, Checkpointer};
 pub use commit::{Committer, Shipping};
 pub use data::{Seek, Strip};
 pub use error::{Error, Result};
+pub use follow::{Changed, Touched};
 pub use inode::{Attr, CAPABILITY, SetAttr, XattrMode};
 pub use namespace::{Caller, DirItem, NewNode};
 pub use state::Recovery;
@@ -49,6 +52,8 @@ use std::time::Duration;
 /// Largest file size and offset, in bytes.
 pub const MAX_FILE_SIZE: u64 = i64::MAX as u64;
 pub use crate::tree::value::NAME_MAX;
+/// Every change of a name goes through the kernel or is told to it, so that it need not ask again.
+const NAMES_KEEP: Duration = Duration::from_secs(365 * 86_400);
 
 /// The limits and shapes a file system is run with. All sizes in bytes.
 #[derive(Clone, Copy, Debug)]
@@ -73,6 +78,10 @@ pub struct Settings {
     pub read_only: bool,
     /// Reading changes the access time if it is older than the last change, or a day old.
     pub relatime: bool,
+    /// A writer without changes commits after so long all the same, as a sign of life; `None`: never.
+    pub heartbeat: Option<Duration>,
+    /// A reader moves on with home, and asks the store this often.
+    pub follow: Option<Duration>,
     /// Owner of the root directory of a volume that has none yet.
     pub root_owner: Caller,
 }
@@ -90,6 +99,8 @@ impl Default for Settings {
             size_limit: None,
             read_only: false,
             relatime: false,
+            heartbeat: None,
+            follow: None,
             root_owner: Caller { uid: 0, gid: 0 },
         }
     }
@@ -114,6 +125,8 @@ pub struct Fs {
     wake: Condvar,
     /// Bytes in the segment that is open, as of the last commit.
     open_segment: AtomicU64,
+    /// For how long the kernel may keep a name, in milliseconds.
+    names_keep: AtomicU64,
 }
 
 impl Fs {
@@ -127,6 +140,7 @@ impl Fs {
             state: Mutex::new(state),
             wake: Condvar::new(),
             open_segment: AtomicU64::new(0),
+            names_keep: AtomicU64::new(NAMES_KEEP.as_millis() as u64),
         }
     }
 

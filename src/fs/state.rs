@@ -4,13 +4,14 @@
 
 use super::dirty::DirtyFile;
 use super::error::{Error, Result, of, os};
+use super::follow::Kept;
 use super::inode::new_inode;
 use super::lookups::Lookups;
 use super::{Fs, Settings};
 use crate::clock::Env;
-use crate::log::Frames;
+use crate::log::{self, Frames};
 use crate::tree::btree::Tree;
-use crate::tree::delta::{Delta, Value};
+use crate::tree::delta::{Counters, Delta, Value};
 use crate::tree::key::{self, Key};
 use crate::tree::memtable::{Levels, weight};
 use crate::tree::value::{Body, Inode};
@@ -70,6 +71,8 @@ pub(super) struct Level {
     pub weight: usize,
     /// Being merged into the tree: later commits may not be folded into it.
     pub frozen: bool,
+    /// Its newest commit.
+    pub upto: CommitNo,
 }
 
 pub(super) type DirtyFiles = HashMap<Ino, DirtyFile>;
@@ -104,6 +107,8 @@ pub(super) struct State {
     /// Runs that have become whole records and can be sealed early.
     pub full: VecDeque<(Ino, u64)>,
     pub lookups: Lookups,
+    /// What a follower keeps for the kernel though it is gone.
+    pub kept: Kept,
     /// In order, so that what frees them does the same things in each simulated run of a seed.
     pub orphans: BTreeSet<Ino>,
     /// Bytes of sparse files that are not holes: counted when first asked for, then kept up to date by writes.
@@ -147,6 +152,7 @@ impl State {
             over_limit: None,
             full: VecDeque::new(),
             lookups: Lookups::default(),
+            kept: Kept::default(),
             orphans: recovery.orphans.into_iter().collect(),
             allocated: HashMap::new(),
             waiting_for_space: Vec::new(),
@@ -159,8 +165,8 @@ impl State {
             stopping: false,
         };
         if !recovery.replayed.is_empty() {
-            let level = Level { delta: Arc::new(recovery.replayed), weight: replayed_weight, frozen: false };
-            state.levels.push(level);
+            let (delta, upto) = (Arc::new(recovery.replayed), recovery.last_commit);
+            state.levels.push(Level { delta, weight: replayed_weight, frozen: false, upto });
         }
         if recovery.last_commit == CommitNo(0) {
             state.make_root(settings, env);
@@ -227,6 +233,14 @@ impl State {
     }
 
     pub fn get(&self, frames: &dyn Frames, key: &[u8]) -> Result<Option<Value>> {
+        match self.older(frames, key)? {
+            Some(older) => Ok(older.levels().get(key)?),
+            None => Ok(self.newest(frames, key)?),
+        }
+    }
+
+    /// The value of `key` in the newest state.
+    pub fn newest(&self, frames: &dyn Frames, key: &[u8]) -> log::Result<Option<Value>> {
         if let Some(value) = self.active.get(key) {
             return Ok(value.clone());
         }
@@ -239,6 +253,9 @@ impl State {
     }
 
     pub fn range(&self, frames: &dyn Frames, range: Range<Key>, limit: usize) -> Result<Vec<(Key, Value)>> {
+        if let Some(older) = self.older(frames, &range.start)? {
+            return Ok(older.levels().range(&range.start, &range.end, limit)?);
+        }
         let mut maps: Vec<&Delta> = Vec::with_capacity(self.levels.len() + 1);
         maps.push(&self.active);
         maps.extend(self.levels.iter().map(|l| &*l.delta));
@@ -247,6 +264,9 @@ impl State {
 
     /// The greatest key in `range`, with its value.
     pub fn last(&self, frames: &dyn Frames, range: Range<Key>) -> Result<Option<(Key, Value)>> {
+        if let Some(older) = self.older(frames, &range.start)? {
+            return Ok(older.levels().last(&range.start, &range.end)?);
+        }
         let mut maps: Vec<&Delta> = Vec::with_capacity(self.levels.len() + 1);
         maps.push(&self.active);
         maps.extend(self.levels.iter().map(|l| &*l.delta));
@@ -255,9 +275,18 @@ impl State {
 
     pub fn inode(&self, frames: &dyn Frames, ino: Ino) -> Result<Inode> {
         match self.get(frames, &key::inode(ino))? {
-            Some(value) => Ok(Inode::decode(&value).map_err(|e| of(format!("inode {}", ino.0), e))?),
+            Some(value) => {
+                let inode = Inode::decode(&value).map_err(|e| of(format!("inode {}", ino.0), e))?;
+                Ok(Inode { nlink: if self.is_gone(ino) { 0 } else { inode.nlink }, ..inode })
+            }
             None => os(libc::ESTALE),
         }
+    }
+
+    /// The volume's counters as of the newest commit that a reader shows.
+    pub fn count(&mut self, counters: Counters) {
+        (self.next_ino, self.live_bytes, self.inodes) =
+            (counters.next_ino, counters.live_bytes, counters.inodes);
     }
 
     /// True when the log may hold bytes of this file.

@@ -23,6 +23,11 @@ impl Gate {
         Some(self.open.read()).filter(|open| **open)
     }
 
+    /// Returns when everybody has left who is inside now.
+    pub(super) fn pass_by(&self) {
+        drop(self.open.write());
+    }
+
     /// Returns when nobody is inside any more, and nobody comes in.
     pub fn close(&self) {
         *self.open.write() = false;

@@ -3,7 +3,7 @@
 //! no effect and is left to who goes on; what fails is logged with its operation.
 
 use super::gate::{Gate, What};
-use crate::fs::{self, Fs, Seek, Strip};
+use crate::fs::{self, Changed, Fs, Seek, Strip};
 use crate::log;
 use crate::ops::requests::Watch;
 use crate::types::{CommitNo, FramePtr, Ino};
@@ -44,6 +44,8 @@ pub trait Backend: Send + Sync {
     fn failed(&self, what: &str);
     /// Where requests are counted.
     fn watch(&self) -> &Arc<Watch>;
+    /// Who is told of changes that did not come through the kernel; `None`: nobody any more.
+    fn on_change(&self, _tell: Option<Box<dyn Fn(Changed) + Send + Sync>>) {}
 }
 
 /// Size of the volume, in blocks of `block_size` bytes.
@@ -88,6 +90,26 @@ impl Requests {
     /// Where what has to wait is carried out.
     pub(super) fn pool(&self) -> &Handle {
         &self.pool
+    }
+
+    /// True if the volume changes without the kernel.
+    pub(super) fn follows(&self) -> bool {
+        self.fs.settings.follow.is_some()
+    }
+
+    /// See [`Backend::on_change`].
+    pub(super) fn on_change(&self, tell: Option<Box<dyn Fn(Changed) + Send + Sync>>) {
+        self.backend.on_change(tell);
+    }
+
+    /// See [`Fs::everything_held`].
+    pub(super) fn everything_held(&self) -> Changed {
+        self.fs.everything_held()
+    }
+
+    /// See [`Fs::set_names_keep`].
+    pub(super) fn set_names_keep(&self, keep: Duration) {
+        self.fs.set_names_keep(keep);
     }
 
     /// The gate in front of them.

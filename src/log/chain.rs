@@ -20,11 +20,14 @@ use futures::{FutureExt, StreamExt, TryStreamExt};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-/// Requests to the store in flight at a time while the chain is read.
-pub(super) const WINDOW: usize = 16;
+/// Requests to the store in flight at a time while the chain is read: as many segments as there are behind a
+/// checkpoint at most are read in a few round trips.
+pub(super) const WINDOW: usize = 128;
 /// A segment's end is asked for in one request of this many bytes: trailer, index, and often the deltas.
 const TAIL_LEN: u64 = 64 << 10;
 const LIST_PAGE: usize = 1000;
+/// Segments whose commits are listed at once.
+const LISTED_AT_ONCE: usize = 32;
 /// The deltas of a segment may unpack to so many bytes, and to so many for each byte of the segment. A writer's small
 /// segments are closed long before; in large ones (the removal of a huge file) deltas shrink to a quarter.
 const UNPACKED_FREE: u64 = 256 << 20;
@@ -250,6 +253,11 @@ impl Walk {
     }
 }
 
+/// Where the segment behind this one lies.
+pub(super) fn next_place(trailer: &Trailer) -> Seq {
+    Seq(trailer.seq().0 + 1)
+}
+
 pub(super) fn missing(seq: Seq, after: Seq) -> Error {
     Error::corrupt(
         segment_name(seq),
@@ -377,19 +385,39 @@ async fn list_once(store: &dyn Store, from: Seq) -> Result<Vec<Seq>> {
     loop {
         let page = store.list("log/", after.as_deref(), LIST_PAGE).await?;
         let Some(last) = page.last() else { return Ok(found) };
+        let more = page.len() >= LIST_PAGE;
         for object in &page {
             match seq_of_name(&object.name) {
                 Some(seq) => found.push(seq),
                 None => ::log::warn!("{}: not a segment's name; left alone", object.name),
             }
         }
+        if !more {
+            return Ok(found);
+        }
         after = Some(last.name.clone());
     }
 }
 
 /// Every commit that the store holds, in order.
-pub async fn list_commits(ctx: &VolumeContext, store: &dyn Store) -> Result<Vec<CommitInfo>> {
-    let found = list_store(store, Seq(0)).await?;
+#[cfg(test)]
+pub(super) async fn list_commits(ctx: &VolumeContext, store: &dyn Store) -> Result<Vec<CommitInfo>> {
+    let mut commits = list_newest(ctx, store, Seq(0), None, usize::MAX).await?;
+    commits.reverse();
+    Ok(commits)
+}
+
+/// The newest commits in the store, the newest first: at most `limit`, and none from before `since`. Segments before
+/// number `from` are not looked at. Each segment that is read costs a request, or two where it is large; the others
+/// only their place in a list.
+pub async fn list_newest(
+    ctx: &VolumeContext,
+    store: &dyn Store,
+    from: Seq,
+    since: Option<Timestamp>,
+    limit: usize,
+) -> Result<Vec<CommitInfo>> {
+    let found = list_store(store, from).await?;
     let Some(first) = found.first() else { return Ok(Vec::new()) };
     let start = ChainStart { replay_seq: *first, prev: None };
     let found = found.into_iter().map(|seq| (seq, Place::Store(store))).collect();
@@ -397,19 +425,36 @@ pub async fn list_commits(ctx: &VolumeContext, store: &dyn Store) -> Result<Vec<
     if let Some(damage) = &members.damage {
         ::log::warn!("the list of versions ends early: {damage}");
     }
-    let mut ends = windowed(&members.sources, |source| source.indexed(ctx).boxed());
     let mut commits = Vec::new();
-    let mut walk: Option<Walk> = None;
-    while let Some((end, index)) = ends.try_next().await? {
-        // The collector may have taken the beginning of the chain away: the first one left is where we start.
-        let walk = walk.get_or_insert(Walk {
-            head: end.trailer.prev,
-            epoch: end.trailer.header.epoch,
-            last_commit: CommitNo(0),
-        });
-        let seq = end.trailer.seq();
-        walk.step(&end, &segment_name(seq))?;
-        commits.extend(index.commits.iter().map(|c| CommitInfo { no: c.no, time: c.time, seq }));
+    let mut behind: Option<(Option<Head>, Seq)> = None;
+    for sources in members.sources.rchunks(LISTED_AT_ONCE) {
+        let ends: Vec<(End, Index)> =
+            windowed(sources, |source| source.indexed(ctx).boxed()).try_collect().await?;
+        let Some((oldest, _)) = ends.first() else { break };
+        let (prev, epoch) = (oldest.trailer.prev, oldest.trailer.header.epoch);
+        let mut walk = Walk { head: prev, epoch, last_commit: CommitNo(0) };
+        for (end, _) in &ends {
+            walk.step(end, &segment_name(end.trailer.seq()))?;
+        }
+        if let Some((prev, seq)) = behind
+            && prev != walk.head
+        {
+            return Err(Error::corrupt(segment_name(seq), "does not continue the segment before it"));
+        }
+        behind = Some((prev, oldest.trailer.seq()));
+        let mut passed = false;
+        for (end, index) in ends.iter().rev() {
+            for commit in index.commits.iter().rev() {
+                passed |= since.is_some_and(|since| commit.time < since) || commits.len() >= limit;
+                if !passed {
+                    let (no, time, head) = (commit.no, commit.time, end.head);
+                    commits.push(CommitInfo { no, time, seq: head.seq, head });
+                }
+            }
+        }
+        if passed || commits.len() >= limit {
+            break;
+        }
     }
     Ok(commits)
 }
@@ -431,8 +476,8 @@ pub async fn stored_head(ctx: &VolumeContext, store: &dyn Store, seq: Seq) -> Re
 /// The newest segment in the store and the last commit at its end.
 #[derive(Clone, Copy, Debug)]
 pub struct Newest {
-    /// Its number.
-    pub seq: Seq,
+    /// Its number and hash.
+    pub head: Head,
     /// The newest commit in the segments looked at, with its time.
     pub commit: Option<(CommitNo, Timestamp)>,
 }
@@ -440,14 +485,16 @@ pub struct Newest {
 /// The newest segment from number `from` on, and the last commit in it or before it, not behind `from`.
 pub async fn newest(ctx: &VolumeContext, store: &dyn Store, from: Seq) -> Result<Option<Newest>> {
     let found = list_store(store, from).await?;
-    let Some(seq) = found.last().copied() else { return Ok(None) };
-    for seq_with in found.iter().rev() {
-        let trailer = Source { seq: *seq_with, place: Place::Store(store) }.trailer(ctx).await?.trailer;
+    let mut newest: Option<Newest> = None;
+    for seq in found.into_iter().rev() {
+        let End { trailer, head, .. } = Source { seq, place: Place::Store(store) }.trailer(ctx).await?;
+        let newest = newest.get_or_insert(Newest { head, commit: None });
         if trailer.commit_count > 0 {
-            return Ok(Some(Newest { seq, commit: Some((trailer.last_commit, trailer.last_time)) }));
+            newest.commit = Some((trailer.last_commit, trailer.last_time));
+            break;
         }
     }
-    Ok(Some(Newest { seq, commit: None }))
+    Ok(newest)
 }
 
 #[cfg(test)]

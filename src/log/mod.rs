@@ -6,6 +6,7 @@ mod ahead;
 pub mod audit;
 pub mod chain;
 mod closing;
+pub mod follow;
 mod frame;
 mod gather;
 mod index;
@@ -20,7 +21,7 @@ pub mod volume;
 pub mod writer;
 
 use crate::store::StoreError;
-use crate::types::{CommitNo, FrameKind, FramePtr, Seq, Timestamp};
+use crate::types::{CommitNo, FrameKind, FramePtr, Head, Seq, Timestamp};
 use bytes::Bytes;
 
 /// What can go wrong in the log and in everything that stands on it.
@@ -129,6 +130,8 @@ pub struct CommitInfo {
     pub time: Timestamp,
     /// Segment that holds it.
     pub seq: Seq,
+    /// That segment's number and hash.
+    pub head: Head,
 }
 
 /// A segment that is complete, signed and durable on the local disk, ready to be uploaded.

@@ -74,6 +74,18 @@ const FAMILIES: &[Family] = &[
     gauge("embassyfs_lag_seconds", "Age of the oldest commit that the embassy does not hold.", |s| {
         home(s, s.lag_seconds)
     }),
+    gauge("embassyfs_follow_lag_seconds", "Age of the newest commit that a follower shows.", |s| {
+        s.follow.as_ref().map_or_else(Vec::new, |_| one(s.lag_seconds))
+    }),
+    gauge("embassyfs_follow_contact_seconds", "Time since the store last answered a follower.", |s| {
+        s.follow.as_ref().map_or_else(Vec::new, |f| one(f.contact_seconds))
+    }),
+    gauge("embassyfs_follow_stopped", "1 when a follower stopped at what the store shows.", |s| {
+        s.follow.as_ref().map_or_else(Vec::new, |f| flag(f.state == "stopped"))
+    }),
+    counter("embassyfs_follow_jumps_total", "Times a follower went to a newer checkpoint.", |s| {
+        s.follow.as_ref().map_or_else(Vec::new, |f| one(f.jumps as f64))
+    }),
     gauge("embassyfs_unsent_bytes", "Bytes committed here that the embassy does not hold.", |s| {
         home(s, s.unsent_bytes as f64)
     }),

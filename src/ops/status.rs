@@ -66,6 +66,26 @@ pub struct Status {
     pub spool_free_bytes: Option<u64>,
     /// What the kernel asked since the mount.
     pub requests: RequestFigures,
+    /// The newest segment: that is shown, or that the embassy holds; number and hash, as `--expect` takes them.
+    pub head: Option<String>,
+    /// How a follower stands; null for others. Its `lag_seconds` is the age of the newest commit that is shown.
+    pub follow: Option<FollowStatus>,
+}
+
+/// How a follower stands.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct FollowStatus {
+    /// `following`, `store away` or `stopped`.
+    pub state: String,
+    /// The newest commit is older than `--max-age` allows.
+    pub too_old: bool,
+    /// Seconds since the store last answered.
+    pub contact_seconds: f64,
+    /// Jumps to a newer checkpoint since the mount.
+    pub jumps: u64,
+    /// What keeps it from going on.
+    pub error: Option<String>,
 }
 
 /// What was sent to the store since the mount.
@@ -106,6 +126,8 @@ pub struct StoreStatus {
     pub volume_id: String,
     /// Number of the newest segment.
     pub newest_segment: Option<u64>,
+    /// The same with its hash, as `--expect` takes it.
+    pub head: Option<String>,
     /// Newest commit in the store.
     pub last_commit: Option<CommitPoint>,
     /// Newest checkpoint in the store.
@@ -122,7 +144,8 @@ impl fmt::Display for StoreStatus {
         writeln!(f, "  last commit         {}", point(&self.last_commit))?;
         writeln!(f, "  newest checkpoint   {}", point(&self.newest_checkpoint))?;
         let segment = self.newest_segment.map_or_else(|| "none".into(), |n| format!("{n} ({n:016x})"));
-        write!(f, "  newest segment      {segment}")
+        writeln!(f, "  newest segment      {segment}")?;
+        write!(f, "  head                {}", self.head.as_deref().unwrap_or("none"))
     }
 }
 
@@ -188,6 +211,19 @@ impl Status {
         }
         if self.role == "reader" {
             words.push("read-only");
+            let follow = self.follow.as_ref().map(|follow| match follow.state.as_str() {
+                "following" => format!("following, lag {}", seconds(self.lag_seconds)),
+                "store away" => format!(
+                    "STORE AWAY for {}, showing what is {} old",
+                    seconds(follow.contact_seconds),
+                    seconds(self.lag_seconds)
+                ),
+                _ => format!("STOPPED, showing what is {} old", seconds(self.lag_seconds)),
+            });
+            words.extend(follow.as_deref());
+            if self.follow.as_ref().is_some_and(|follow| follow.too_old) {
+                words.push("TOO OLD");
+            }
             return words.join(", ");
         }
         if !self.in_sync {
@@ -285,6 +321,14 @@ impl fmt::Display for Status {
             writeln!(f, "  protection    {level}")?;
             writeln!(f, "  unsent        {}", self.waiting_in_words().as_deref().unwrap_or("nothing"))?;
             writeln!(f, "  lag           {}", seconds(self.lag_seconds))?;
+        }
+        writeln!(f, "  head          {}", self.head.as_deref().unwrap_or("none"))?;
+        if let Some(follow) = &self.follow {
+            writeln!(f, "  lag           {}", seconds(self.lag_seconds))?;
+            writeln!(f, "  last contact  {} ago", seconds(follow.contact_seconds))?;
+            if let Some(error) = &follow.error {
+                writeln!(f, "  {:12}  {error}", follow.state)?;
+            }
         }
         writeln!(f, "  cache         {}", bytes(self.cache_bytes))?;
         writeln!(f, "  volume        {} ({}), {}", self.volume, self.volume_id, self.role)?;

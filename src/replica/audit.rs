@@ -3,7 +3,8 @@
 //! Invariant: nothing is changed; damage is a finding that names its object, and an error means that the store could not
 //! be asked.
 
-use super::opening::{self, list_checkpoints};
+use super::opening::list_checkpoints;
+use super::trust;
 use super::views::{Place, Views};
 use super::{Io, Version};
 use crate::crypto::keyfile::{KeyFile, Role};
@@ -200,7 +201,7 @@ async fn checkpoints(
 /// Holds the chain against the newest head that was seen with this state directory, and remembers the newest.
 fn pinned(place: &Place, state: &Path, head: Option<Head>, runtime: &Io, audit: &mut Audit) -> Result<()> {
     let dir = StateDir::open_on(place.env.disk.clone(), state)?;
-    let found = runtime.block_on(opening::check_pin(&auditor(&place.key), &dir, &*place.store, head));
+    let found = runtime.block_on(trust::check_pin(&auditor(&place.key), &dir, &*place.store, head));
     if let Err(e) = found {
         audit.findings.push(Finding::from_error(e, "log/")?);
     }

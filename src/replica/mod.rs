@@ -3,6 +3,8 @@
 
 pub mod audit;
 pub mod durable;
+mod figures;
+pub mod follow;
 mod io;
 pub mod listing;
 mod opening;
@@ -10,19 +12,22 @@ mod orphans;
 mod past;
 mod predecessor;
 mod proof;
+mod space;
+mod trust;
 pub mod uploader;
 pub mod views;
 pub mod volume;
 
 pub use opening::Version;
 pub use predecessor::Predecessor;
+pub use trust::{Trust, parse_head};
 
 pub use io::Io;
 
 /// A fuzz target: a pin that may be anything.
 #[cfg(feature = "fuzzing")]
 pub fn fuzz_pin(bytes: &[u8]) {
-    let _ = opening::parse_pin(bytes);
+    let _ = trust::parse_pin(bytes);
 }
 
 pub use durable::{Durable, Position, Protection, Snapshot, WaitError};

@@ -2,11 +2,12 @@
 //! Invariant: home restart, embassy mount and a mount of the past come through here alike; a store that is older
 //! than what this host has seen, or different from it, is refused and said to be so.
 
+use super::trust;
 use super::volume::OpenOptions;
 use crate::clock::Env;
 use crate::crypto::keyfile::KeyFile;
 use crate::fs::Recovery;
-use crate::log::chain::{self, ChainStart};
+use crate::log::chain::ChainStart;
 use crate::log::reader::FrameReader;
 use crate::log::recovery::{self, Recovered, Role, Step};
 use crate::log::segment::{VolumeContext, segment_name};
@@ -16,14 +17,12 @@ use crate::log::{ClosedSegment, Error, Result};
 use crate::store::{Store, StoreError};
 use crate::tree::checkpoint::{self, Root};
 use crate::tree::{Counters, Delta, Tree, delta, key, memtable};
-use crate::types::{CommitNo, Hash, Head, Ino, Seq, Timestamp, unhex};
+use crate::types::{CommitNo, Ino, Seq, Timestamp};
 use bytes::Bytes;
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Name of the file in the state directory that says the newest head this host has seen.
-const PIN: &str = "head";
 /// How long the store may take to show that it is there.
 const REACH_TIMEOUT: Duration = Duration::from_secs(10);
 /// No checkpoint object is larger, in bytes.
@@ -108,8 +107,8 @@ pub(super) async fn superblock(
         Some(pinned) if pinned != bytes => Err(Error::corrupt(
             volume::NAME,
             format!(
-                "the store's copy differs from the one pinned in {}; the store may have been exchanged. If the \
-                 volume was re-keyed on purpose, use a new state directory",
+                "SUBSTITUTION: the store's copy differs from the one pinned in {}: the store, or the volume in it, may \
+                 have been exchanged. Check the URL. If the volume was re-keyed on purpose, use a new state directory",
                 dir.root().display()
             ),
         )),
@@ -160,9 +159,6 @@ pub(super) async fn recover(
             asked.0, last.0
         )));
     }
-    if let (Version::Newest, Role::Reader, Some(store)) = (version, role, store) {
-        check_pin(ctx, dir, store, recovered.head).await?;
-    }
     let counters = counters.unwrap_or(Counters { next_ino: 2, live_bytes: 0, inodes: 0 });
     Ok(Opened {
         recovery: Recovery {
@@ -210,14 +206,14 @@ impl Replayed {
 }
 
 /// Memory of this host, in bytes.
-fn memory() -> usize {
+pub(super) fn memory() -> usize {
     // SAFETY: takes an integer and returns one, or -1.
     let [pages, size] = [libc::_SC_PHYS_PAGES, libc::_SC_PAGESIZE].map(|name| unsafe { libc::sysconf(name) });
     usize::try_from(pages).unwrap_or(0).saturating_mul(usize::try_from(size).unwrap_or(0))
 }
 
 /// Says of damage found in a commit's deltas where they lie.
-fn of_commit(no: CommitNo, seq: Seq, error: Error) -> Error {
+pub(super) fn of_commit(no: CommitNo, seq: Seq, error: Error) -> Error {
     match error {
         Error::Corrupt { object, detail } => {
             Error::corrupt(segment_name(seq), format!("{object} of commit {}: {detail}", no.0))
@@ -236,7 +232,14 @@ async fn newest_checkpoint(
 ) -> Result<Option<Root>> {
     let mut names: Vec<String> = dir.checkpoints()?.iter().map(|name| full_name(name)).collect();
     if let Some(store) = store {
-        names.extend(list_checkpoints(store).await?);
+        // The newest come first, and one of a page full will do; for older versions all are looked through.
+        names.extend(match version {
+            Version::Newest => {
+                let page = store.list("checkpoint/", None, LIST_PAGE).await?;
+                page.into_iter().map(|object| object.name).collect()
+            }
+            _ => list_checkpoints(store).await?,
+        });
     }
     names.sort(); // the inverted number puts the newest first
     names.dedup();
@@ -282,7 +285,7 @@ async fn checkpoint_before(
 }
 
 /// The checkpoint of that name; `None`, loudly, if it is damaged or gone.
-async fn usable_checkpoint(
+pub(super) async fn usable_checkpoint(
     ctx: &VolumeContext,
     dir: &StateDir,
     store: Option<&dyn Store>,
@@ -311,10 +314,11 @@ pub(super) async fn list_checkpoints(store: &dyn Store) -> std::result::Result<V
     let mut names: Vec<String> = Vec::new();
     loop {
         let page = store.list("checkpoint/", names.last().map(String::as_str), LIST_PAGE).await?;
-        if page.is_empty() {
+        let more = page.len() >= LIST_PAGE;
+        names.extend(page.into_iter().map(|object| object.name));
+        if !more {
             return Ok(names);
         }
-        names.extend(page.into_iter().map(|object| object.name));
     }
 }
 
@@ -356,64 +360,6 @@ pub(super) async fn check_next_ino(opened: &Opened, reader: &FrameReader) -> Res
         return Ok(());
     }
     Err(Error::corrupt("the tree", format!("it says that the next inode is {next}, but holds inode {found}")))
-}
-
-/// Refuses a store whose newest segment is older than one this host has seen, or whose chain does not hold it.
-pub(super) async fn check_pin(
-    ctx: &VolumeContext,
-    dir: &StateDir,
-    store: &dyn Store,
-    head: Option<Head>,
-) -> Result<()> {
-    let pinned = read_pin(dir)?;
-    if let Some(pinned) = pinned {
-        let object = segment_name(pinned.seq);
-        let Some(head) = head.filter(|head| head.seq >= pinned.seq) else {
-            return Err(Error::corrupt(
-                object,
-                format!(
-                    "this host has seen this segment (hash {}), but the store's newest is {}: the store was rolled \
-                     back or lost it. Ask the store's operator; a new state directory forgets what was seen",
-                    pinned.hash,
-                    head.map_or_else(|| "none".into(), |head| segment_name(head.seq))
-                ),
-            ));
-        };
-        let found =
-            if head.seq == pinned.seq { head } else { chain::stored_head(ctx, store, pinned.seq).await? };
-        if found != pinned {
-            return Err(Error::corrupt(
-                object,
-                "is not the one this host has seen under that number: the history was forked or exchanged",
-            ));
-        }
-    }
-    match head {
-        Some(head) if pinned != Some(head) => write_pin(dir, head),
-        _ => Ok(()),
-    }
-}
-
-/// Remembers the newest head seen.
-pub(super) fn write_pin(dir: &StateDir, head: Head) -> Result<()> {
-    dir.write_atomic(PIN, format!("{} {}\n", head.seq, head.hash).as_bytes())
-}
-
-fn read_pin(dir: &StateDir) -> Result<Option<Head>> {
-    let Some(bytes) = dir.read(PIN)? else { return Ok(None) };
-    match parse_pin(&bytes) {
-        Some(head) => Ok(Some(head)),
-        None => Err(Error::corrupt(
-            dir.root().join(PIN).display(),
-            "is damaged; remove it to forget which head was seen (an older store would then go unnoticed)",
-        )),
-    }
-}
-
-pub(super) fn parse_pin(bytes: &[u8]) -> Option<Head> {
-    let text = String::from_utf8_lossy(bytes);
-    let (seq, hash) = text.trim_end().split_once(' ')?;
-    Some(Head { seq: Seq(u64::from_be_bytes(unhex(seq)?)), hash: Hash(unhex(hash)?) })
 }
 
 /// Which of the local segments the store has, up to the first that it has not. When it does not answer, none: they are offered again, and the
@@ -458,6 +404,16 @@ pub(super) async fn find(
     let (superblock, to_pin) = self::superblock(store, dir, &options.key).await?;
     let ctx = Arc::new(context(&options.key, &superblock)?);
     let opened = recover(&ctx, dir, &options.env, store, role, options.version).await?;
+    if let (Role::Reader, Some(store)) = (role, store) {
+        let head = opened.recovered.head;
+        if options.version == Version::Newest {
+            trust::check_pin(&ctx, dir, store, head).await?;
+        }
+        options
+            .trust
+            .check_expected(&ctx, store, head.filter(|_| options.version == Version::Newest))
+            .await?;
+    }
     Ok(Found { superblock, to_pin, ctx, opened })
 }
 

@@ -17,7 +17,7 @@ impl Volume {
         let found = opening::recover(&self.ctx, &self.dir, &self.env, store, Role::Reader, version).await?;
         let time = found.time.ok_or_else(|| Error::Refused("the volume has no commit yet".into()))?;
         let commit = found.recovery.last_commit;
-        let settings = Settings { read_only: true, relatime: false, ..self.fs.settings };
+        let settings = Settings { read_only: true, relatime: false, follow: None, ..self.fs.settings };
         let fs = Fs::new(settings, self.env.clone(), self.reader.clone(), found.recovery);
         Ok((Arc::new(fs), commit, time))
     }

@@ -3,15 +3,19 @@
 //! store before anybody is told otherwise.
 
 use super::durable::{Durable, Position, Protection, WaitError};
+use super::follow::{Follower, Parts as Parted};
 use super::io::Io;
 use super::opening::{self, Opened, Version};
 use super::orphans;
 use super::predecessor::Predecessor;
 use super::proof::ProvenStore;
+use super::space;
+use super::trust::Trust;
 use super::uploader::{Upload, Uploader};
 use crate::clock::{Env, Thread};
 use crate::crypto::keyfile::{KeyFile, Role as KeyRole};
 use crate::fs::{CheckpointOutcome, Checkpointer, Committer, Fs, Settings, Shipping};
+use crate::log::follow::Tail;
 use crate::log::reader::{FrameReader, ReaderLimits};
 use crate::log::recovery::Role;
 use crate::log::segment::VolumeContext;
@@ -19,10 +23,9 @@ use crate::log::statedir::StateDir;
 use crate::log::volume::Superblock;
 use crate::log::writer::LogWriter;
 use crate::log::{self, ClosedSegment, Error, Result};
-use crate::ops::status::UploadFigures;
 use crate::store::Store;
 use crate::tree::checkpoint;
-use crate::types::{CommitNo, Epoch, FramePtr, Seq, Timestamp};
+use crate::types::{CommitNo, Epoch, FramePtr, Head, Seq, Timestamp};
 use parking_lot::Mutex;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -46,12 +49,6 @@ const FRAME_CACHE_MIN: usize = 8 << 20;
 pub(super) const OPEN_FILES: usize = 128;
 /// How long a stop waits for an upload that cannot be stopped in the middle.
 const STOP_WAIT: Duration = Duration::from_secs(2);
-/// How often the spool's free space is looked at; and how often when less than so many bytes are left, for a fast disk
-/// fills in less than a second.
-const SPACE_INTERVAL: Duration = Duration::from_secs(1);
-const SPACE_INTERVAL_NEAR: Duration = Duration::from_millis(20);
-const SPACE_NEAR: u64 = 8 << 30;
-
 /// How to open a volume.
 pub struct OpenOptions {
     /// Where the volume lies.
@@ -64,6 +61,8 @@ pub struct OpenOptions {
     pub env: Env,
     /// Which version; a writer opens the newest.
     pub version: Version,
+    /// What a reader demands of the store.
+    pub trust: Trust,
     /// What fsync waits for.
     pub protection: Protection,
     /// How long fsync waits for the store.
@@ -84,6 +83,8 @@ pub struct Volume {
     pub fs: Arc<Fs>,
     /// What the volume is.
     pub superblock: Superblock,
+    /// The end of the chain that it was opened at.
+    pub head: Option<Head>,
     /// Its state directory.
     pub dir: Arc<StateDir>,
     /// The store.
@@ -95,14 +96,16 @@ pub struct Volume {
     pub(super) env: Env,
     runtime: Io,
     /// What only a writer has.
-    home: Option<Home>,
+    pub(super) home: Option<Home>,
+    /// What only a reader has that moves on.
+    follower: Option<Arc<Follower>>,
 }
 
-struct Home {
-    shipper: Arc<Shipper>,
+pub(super) struct Home {
+    pub(super) shipper: Arc<Shipper>,
     committer: Mutex<Option<Box<dyn Thread>>>,
     /// What the spool's disk has left, looked at each second; the greatest number while that is not known.
-    free_bytes: Arc<AtomicU64>,
+    pub(super) free_bytes: Arc<AtomicU64>,
 }
 
 impl Volume {
@@ -114,21 +117,7 @@ impl Volume {
     /// Like [`Volume::open`], on a runtime that may have to be driven. With a predecessor, who has just closed the state
     /// directory, a writer asks the store for nothing, and frees no inode that is still open.
     pub fn open_after(options: OpenOptions, before: Option<&Predecessor>, runtime: &Io) -> Result<Volume> {
-        options
-            .key
-            .require(if options.settings.read_only { KeyRole::Reader } else { KeyRole::Writer })
-            .map_err(|e| Error::Refused(e.to_string()))?;
-        if !options.settings.read_only && options.version != Version::Newest {
-            return Err(Error::Refused("an older version cannot be written".into())); // it would fork the log
-        }
-        let dir = Arc::new(StateDir::open_on(options.env.disk.clone(), &options.state)?);
-        if let (false, Some(reason)) = (options.settings.read_only, dir.read(FENCED)?) {
-            return Err(Error::Refused(format!(
-                "{}. This was noted in {}: from this state directory nothing is written any more",
-                String::from_utf8_lossy(&reason),
-                dir.root().join(FENCED).display()
-            )));
-        }
+        let dir = admitted(&options)?;
         let store = options.store.clone();
         let role = if options.settings.read_only { Role::Reader } else { Role::Writer };
         let reached = match (before, role) {
@@ -147,6 +136,10 @@ impl Volume {
             found => (reached, found),
         };
         let opening::Found { superblock, to_pin, ctx, opened } = found?;
+        // Who goes on with a mount shows what was shown.
+        if before.is_none() && options.version == Version::Newest && role == Role::Reader {
+            options.trust.check_age(opened.time, options.env.clock.now())?;
+        }
         if let Some(bytes) = to_pin {
             dir.write_atomic(log::volume::NAME, &bytes)?; // only a volume that could be opened is pinned
         }
@@ -165,6 +158,7 @@ impl Volume {
             ..options.settings
         };
         let shown = opened.time.map(|time| (opened.recovery.last_commit, time));
+        let (start, head) = ((Tail::new(&opened.recovered), shown), opened.recovered.head);
         let parts = Parts {
             options: &options,
             before,
@@ -176,9 +170,28 @@ impl Volume {
             settings,
         };
         let (fs, home) =
-            if options.settings.read_only { parts.reader(opened) } else { parts.writer(opened)? };
+            if options.settings.read_only { parts.reader(opened)? } else { parts.writer(opened)? };
+        let follower = settings.follow.filter(|_| settings.read_only && options.version == Version::Newest);
+        let follower = follower.map(|every| {
+            let (dir, store, reader, fs) = (dir.clone(), store.clone(), reader.clone(), fs.clone());
+            let (ctx, env, max_age) = (ctx.clone(), options.env.clone(), options.trust.max_age);
+            Follower::start(Parted { ctx, dir, store, reader, max_age, env, fs }, start, every, runtime)
+        });
         let (runtime, env) = (runtime.clone(), options.env.clone());
-        Ok(Volume { fs, superblock, dir, store, opened: shown, reader, ctx, env, runtime, home })
+        Ok(Volume {
+            follower,
+            head,
+            fs,
+            superblock,
+            dir,
+            store,
+            opened: shown,
+            reader,
+            ctx,
+            env,
+            runtime,
+            home,
+        })
     }
 
     /// The account of what is durable where; none for a reader.
@@ -193,29 +206,26 @@ impl Volume {
                 let times = home.shipper.times.lock();
                 (times.newest, times.remote)
             }
-            None => (self.opened.map(|o| o.1), self.opened.map(|o| o.1)),
+            None => {
+                let time = self.shown().map(|(_, time)| time);
+                (time, time)
+            }
         }
+    }
+
+    /// The one that moves a reader on, if it does.
+    pub fn follower(&self) -> Option<&Arc<Follower>> {
+        self.follower.as_ref()
+    }
+
+    /// The commit that a reader shows now.
+    pub fn shown(&self) -> Option<(CommitNo, Timestamp)> {
+        self.follower.as_ref().map_or(self.opened, |follower| follower.standing().commit)
     }
 
     /// What a process learns that goes on after this one.
     pub fn predecessor(&self) -> Predecessor {
         Predecessor::of(&self.fs, self.durable())
-    }
-
-    /// Bytes of the local disk used as cache.
-    pub fn cache_bytes(&self) -> u64 {
-        self.reader.disk_cache_bytes()
-    }
-
-    /// What was sent to the store; all zero for a reader, and once the volume is closed.
-    pub fn uploads(&self) -> UploadFigures {
-        let Some(home) = &self.home else { return UploadFigures::default() };
-        home.shipper.uploader.lock().as_ref().map(Uploader::figures).unwrap_or_default()
-    }
-
-    /// Bytes that the spool's disk had left when a writer last looked.
-    pub fn spool_free_bytes(&self) -> Option<u64> {
-        self.home.as_ref().map(|home| home.free_bytes.load(Ordering::Relaxed)).filter(|n| *n != u64::MAX)
     }
 
     /// Brings frames to this host; bounded in time.
@@ -266,6 +276,27 @@ impl Volume {
     }
 }
 
+/// The state directory, if it may be opened with this key in this way.
+fn admitted(options: &OpenOptions) -> Result<Arc<StateDir>> {
+    let read_only = options.settings.read_only;
+    options
+        .key
+        .require(if read_only { KeyRole::Reader } else { KeyRole::Writer })
+        .map_err(|e| Error::Refused(e.to_string()))?;
+    if !read_only && options.version != Version::Newest {
+        return Err(Error::Refused("an older version cannot be written".into())); // it would fork the log
+    }
+    let dir = Arc::new(StateDir::open_on(options.env.disk.clone(), &options.state)?);
+    match dir.read(FENCED)?.filter(|_| !read_only) {
+        Some(reason) => Err(Error::Refused(format!(
+            "{}. This was noted in {}: from this state directory nothing is written any more",
+            String::from_utf8_lossy(&reason),
+            dir.root().join(FENCED).display()
+        ))),
+        None => Ok(dir),
+    }
+}
+
 /// What both kinds of volume are put together from.
 struct Parts<'a> {
     options: &'a OpenOptions,
@@ -280,9 +311,16 @@ struct Parts<'a> {
 }
 
 impl Parts<'_> {
-    fn reader(self, opened: Opened) -> (Arc<Fs>, Option<Home>) {
+    fn reader(self, opened: Opened) -> Result<(Arc<Fs>, Option<Home>)> {
         let env = self.options.env.clone();
-        (Arc::new(Fs::new(self.settings, env, self.reader.clone(), opened.recovery)), None)
+        let fs = Arc::new(Fs::new(self.settings, env, self.reader.clone(), opened.recovery));
+        // What the kernel holds, and what it has to be told.
+        if let Some(before) = self.before.filter(|_| self.settings.follow.is_some())
+            && !fs.take_held(&before.held)
+        {
+            return Err(Error::Refused("the account of what the kernel holds cannot be read".into()));
+        }
+        Ok((fs, None))
     }
 
     fn writer(self, mut opened: Opened) -> Result<(Arc<Fs>, Option<Home>)> {
@@ -349,7 +387,7 @@ impl Parts<'_> {
         let threads = env.threads.clone();
         let fs = Arc::new(Fs::new(self.settings, env, self.reader.clone(), opened.recovery));
         self.before.map_or(Ok(()), |before| before.hand_on(&fs, &durable))?;
-        let free_bytes = watch_space(&fs, self.dir, self.runtime, self.options.settings.dirty_max);
+        let free_bytes = space::watch(&fs, self.dir, self.runtime, self.options.settings.dirty_max);
         let _ = shipper.fs.set(Arc::downgrade(&fs)); // set once, here
         let latched = Arc::downgrade(&fs);
         let dir = Arc::downgrade(self.dir); // the account can outlive the volume by a moment
@@ -372,32 +410,6 @@ impl Parts<'_> {
     }
 }
 
-/// Keeps the file system told whether the spool's disk has room for what memory may still hold; gives what is left.
-fn watch_space(fs: &Arc<Fs>, dir: &Arc<StateDir>, runtime: &Io, dirty_max: u64) -> Arc<AtomicU64> {
-    let last = Arc::new(AtomicU64::new(u64::MAX));
-    let seen = last.clone();
-    let (fs, dir) = (Arc::downgrade(fs), Arc::downgrade(dir)); // the task must not keep the volume open
-    let reserve = 2 * dirty_max + (64 << 20);
-    runtime.spawn(async move {
-        while let (Some(fs), Some(dir)) = (fs.upgrade(), dir.upgrade()) {
-            let mut pause = SPACE_INTERVAL;
-            match dir.free_bytes() {
-                Ok(free) => {
-                    last.store(free, Ordering::Relaxed);
-                    fs.set_no_space(free < reserve);
-                    if free < reserve + SPACE_NEAR {
-                        pause = SPACE_INTERVAL_NEAR;
-                    }
-                }
-                Err(e) => ::log::warn!("free space of the spool: {e}"),
-            }
-            drop((fs, dir));
-            tokio::time::sleep(pause).await;
-        }
-    });
-    seen
-}
-
 /// Commits whose time is wanted until the store has them.
 #[derive(Default)]
 struct Times {
@@ -414,7 +426,7 @@ pub(super) struct Shipper {
     runtime: Io,
     reader: Arc<FrameReader>,
     durable: Arc<Durable>,
-    uploader: Mutex<Option<Uploader>>,
+    pub(super) uploader: Mutex<Option<Uploader>>,
     /// Segments below this are covered by a local checkpoint.
     covered: AtomicU64,
     /// Sent segments that still lie in the spool.

@@ -57,6 +57,7 @@ impl World {
             state: self.state(state),
             env: Env::system(),
             version: Version::Newest,
+            trust: Default::default(),
             protection: Protection::Local,
             sync_timeout: Duration::from_secs(10),
             disk_cache: 64 << 20,

@@ -48,6 +48,8 @@ CASES = {
     "posix": (240, ["directories", "attributes", "files", "mounting"]),
     "upgrade": (180, [None]),
     "rehearsal": (300, [None]),
+    "follow": (120, [None]),
+    "malicious_host": (60, [None]),
     "crash_remount": (120, [None]),
     "spool": (180, ["full", "fails"]),
     "crash": (120, ["kill", "power", "sqlite", "postgresql"]),

@@ -121,6 +121,7 @@ fn options(store: Arc<dyn Store>, key: &KeyFile, state: &Path, read_only: bool) 
         state: state.into(),
         env: Env::system(),
         version: Version::Newest,
+        trust: Default::default(),
         protection: Protection::Local,
         sync_timeout: Duration::from_secs(2),
         disk_cache: 64 << 20,

@@ -80,6 +80,7 @@ impl Host {
             state: self.root(state),
             env,
             version: Version::Newest,
+            trust: Default::default(),
             protection: self.sizes.protection,
             sync_timeout: Duration::from_secs(10),
             disk_cache: self.sizes.disk_cache,

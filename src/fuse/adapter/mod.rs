@@ -5,6 +5,7 @@
 mod control;
 mod convert;
 mod guard;
+mod invalidate;
 mod past;
 mod reply;
 mod request;

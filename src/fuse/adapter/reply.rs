@@ -24,6 +24,11 @@ pub(super) fn ttl(attr: &Attr) -> Duration {
     if set_id { Duration::ZERO } else { TTL }
 }
 
+/// How long the kernel may keep the name of what has these attributes.
+fn names_ttl(fs: &Fs, attr: &Attr) -> Duration {
+    ttl(attr).min(fs.names_keep())
+}
+
 /// Inode numbers are never used twice.
 pub(super) const GENERATION: Generation = Generation(0);
 
@@ -32,7 +37,7 @@ pub(super) fn entry(fs: &Fs, reply: ReplyEntry, result: Served<Attr>) {
     match result {
         Ok(attr) => {
             fs.looked_up(attr.ino);
-            reply.entry(&ttl(&attr), &file_attr(&attr), GENERATION);
+            reply.entry_with_ttls(&ttl(&attr), &names_ttl(fs, &attr), &file_attr(&attr), GENERATION);
         }
         Err(e) => reply.error(Errno::from_i32(e)),
     }
@@ -42,7 +47,7 @@ pub(super) fn entry(fs: &Fs, reply: ReplyEntry, result: Served<Attr>) {
 pub(super) fn entry_or_none(fs: &Fs, reply: ReplyEntry, result: Served<Attr>) {
     match result {
         // Inode 0 lets the kernel remember that there is no such name.
-        Err(libc::ENOENT) => reply.entry(&TTL, &negative(), GENERATION),
+        Err(libc::ENOENT) => reply.entry(&fs.names_keep(), &negative(), GENERATION),
         result => entry(fs, reply, result),
     }
 }
@@ -89,7 +94,7 @@ pub(super) fn entries_plus(fs: &Fs, mut reply: ReplyDirectoryPlus, result: Serve
     for (item, attr) in items {
         let name = OsStr::from_bytes(&item.name);
         let ino = INodeNo(item.ino.0);
-        if reply.add(ino, item.cookie, name, &ttl(&attr), &file_attr(&attr), GENERATION) {
+        if reply.add(ino, item.cookie, name, &names_ttl(fs, &attr), &file_attr(&attr), GENERATION) {
             break;
         }
         // These two the kernel does not count.

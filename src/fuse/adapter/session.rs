@@ -4,6 +4,7 @@
 
 use super::DISPATCH_THREADS;
 use super::guard::Guard;
+use super::invalidate;
 use crate::fuse::connection::{
     Connection, Greeting, Switch, message_pair, put_in_place, receive_message, send_message,
 };
@@ -31,7 +32,8 @@ pub(super) fn run(
     kernel: &Arc<OnceLock<Notifier>>,
     ready: Ready,
 ) -> io::Result<Ended> {
-    let gate = guard.0.requests().gate().clone();
+    let requests = guard.0.requests().clone();
+    let gate = requests.gate().clone();
     let taken_over = connection.greeting.is_some();
     let session = greet(guard, connection)?;
     if let Some(greeting) = &connection.greeting {
@@ -39,11 +41,14 @@ pub(super) fn run(
     }
     // It keeps the number open on which a switch acts.
     let _ = kernel.set(session.notifier()); // it was empty
+    let telling = invalidate::start(&requests, session.notifier(), session.as_fd())?;
+    drop(requests);
     switch.arm(gate, session.as_fd().as_raw_fd());
     if taken_over && let Err(e) = connection.ask_again() {
         ::log::warn!("the kernel is not asked to ask again: {e}"); // the mount may be gone already
     }
     let ran = session.run();
+    drop(telling);
     let stopped = switch.disarm();
     match ran {
         _ if stopped => Ok(Ended::Stopped),

@@ -126,7 +126,8 @@ impl Kernel {
             let mut connection = Connection::new(theirs);
             let ready = Box::new(|_: &Greeting| Ok(()));
             let control = ControlDir::of(Vec::new(), Env::system().clock);
-            serve(requests, &mut connection, &Switch::default(), clock, control, ready)
+            let past = Past::new(Box::new(|_| Box::pin(async { Err(libc::ENOENT) })));
+            serve(requests, &mut connection, &Switch::default(), clock, (control, past), ready)
         });
         let kernel = Kernel { socket, backend, clocks, fs, server: Some(server), _pool: pool };
         let mut init = [0u8; 64];

@@ -1,0 +1,176 @@
+//! Following a chain that grows: what comes behind its known end in the store, verified as recovery does.
+//! Invariant: the end moves by whole segments that continue it; what does not continue it moves nothing and is told.
+
+use super::chain::{ChainStart, Commit, End, Place, Source, Walk, list_store, members, next_place, windowed};
+use super::recovery::Recovered;
+use super::segment::{VolumeContext, segment_name};
+use super::{Error, Result};
+use crate::store::{Store, StoreError};
+use crate::types::{CommitNo, Hash, Head, Seq, Timestamp};
+use bytes::Bytes;
+use futures::{FutureExt, StreamExt};
+use std::collections::BTreeMap;
+
+/// Most segments asked for at a time. Bounds what is in memory: each brings its deltas.
+const WINDOW_MAX: usize = 8;
+/// Heads remembered, to find out whether a checkpoint stands on the chain that was followed.
+const HEADS_MAX: usize = 4096;
+
+/// A commit that was followed to.
+pub struct FollowedCommit {
+    /// Its number.
+    pub no: CommitNo,
+    /// When it was made, by home's clock.
+    pub time: Timestamp,
+    /// The bodies of its deltas.
+    pub bodies: Vec<Bytes>,
+}
+
+/// A segment that was followed to.
+pub struct Followed {
+    /// Its number and trailer's hash: the new end of the chain.
+    pub head: Head,
+    /// Its commits, in order.
+    pub commits: Vec<FollowedCommit>,
+}
+
+/// The known end of a chain.
+pub struct Tail {
+    walk: Walk,
+    next: Seq,
+    /// Segments to ask for at a time: more while they are there.
+    window: usize,
+    heads: BTreeMap<Seq, Hash>,
+}
+
+impl Tail {
+    /// The end that recovery found.
+    pub fn new(recovered: &Recovered) -> Tail {
+        let walk = Walk { head: recovered.head, epoch: recovered.epoch, last_commit: recovered.last_commit };
+        let heads = recovered.head.iter().map(|head| (head.seq, head.hash)).collect();
+        Tail { walk, next: recovered.next_seq, window: 1, heads }
+    }
+
+    /// The newest segment of the chain that is known.
+    pub fn head(&self) -> Option<Head> {
+        self.walk.head
+    }
+
+    /// True when `head` was an end of this chain, as far as is remembered.
+    pub fn passed(&self, head: Option<Head>) -> bool {
+        head.is_some_and(|head| self.heads.get(&head.seq) == Some(&head.hash))
+    }
+
+    /// True when the last answers were all full: home is further than can be told from here.
+    pub fn is_behind(&self) -> bool {
+        self.window >= WINDOW_MAX
+    }
+
+    /// Asks for the next places; gives what continues the chain, in order. An idle call costs one request, and what is
+    /// there comes with the asking. With the segments before it an error comes next time.
+    pub async fn next(&mut self, ctx: &VolumeContext, store: &dyn Store) -> Result<Vec<Followed>> {
+        let places = (0..self.window as u64).map(|n| Source {
+            seq: Seq(self.next.0 + n), // beyond a gap nothing is taken, so that a guess does no harm
+            place: Place::Store(store),
+        });
+        let sources: Vec<Source<'_>> = places.collect();
+        let mut answers = windowed(&sources, |source| source.commits(ctx).boxed());
+        let mut found = Vec::new();
+        while let Some(answer) = answers.next().await {
+            match answer {
+                Ok((end, commits)) if end.trailer.seq() == self.next => match self.take(&end, commits) {
+                    Ok(followed) => found.push(followed),
+                    Err(_) if !found.is_empty() => break,
+                    Err(e) => return Err(e),
+                },
+                Ok(_) => break, // the numbers jumped: it is asked for at its own place next time
+                Err(Error::Store(StoreError::NotFound { .. })) => break,
+                Err(_) if !found.is_empty() => break,
+                Err(e) => return Err(e),
+            }
+        }
+        self.window = match found.len() == sources.len() {
+            true => (2 * self.window).min(WINDOW_MAX),
+            false => 1,
+        };
+        Ok(found)
+    }
+
+    fn take(&mut self, end: &End, commits: Vec<Commit>) -> Result<Followed> {
+        let object = segment_name(end.trailer.seq());
+        let mut walk = self.walk;
+        walk.step(end, &object)?;
+        let mut last = self.walk.last_commit;
+        for commit in &commits {
+            if commit.no <= last {
+                return Err(Error::corrupt(object, format!("commit {} comes twice", commit.no.0)));
+            }
+            last = commit.no;
+        }
+        self.walk = walk;
+        self.next = next_place(&end.trailer);
+        self.heads.insert(end.head.seq, end.head.hash);
+        if self.heads.len() > HEADS_MAX {
+            self.heads.pop_first();
+        }
+        let commits = commits
+            .into_iter()
+            .map(|Commit { no, time, bodies }| FollowedCommit { no, time, bodies })
+            .collect();
+        Ok(Followed { head: end.head, commits })
+    }
+
+    /// Looks for what asking for the next place cannot find: a store that was rolled back or forked behind our back, and
+    /// segments behind a place that stays empty. Says how many segments are in the store behind the known end.
+    pub async fn audit(&mut self, ctx: &VolumeContext, store: &dyn Store) -> Result<usize> {
+        let from = self.walk.head.map_or(Seq(1), |head| head.seq);
+        let listed = list_store(store, from).await?;
+        if let Some(head) = self.walk.head {
+            if listed.first() != Some(&head.seq) {
+                return Err(rolled_back(head, listed.first().copied()));
+            }
+            let there = Source { seq: head.seq, place: Place::Store(store) }.trailer(ctx).await?.head;
+            if there != head {
+                return Err(forked(head, there));
+            }
+        }
+        let behind: Vec<Seq> = listed.into_iter().filter(|seq| *seq >= self.next).collect();
+        if behind.first().is_none_or(|first| *first == self.next) {
+            return Ok(behind.len());
+        }
+        let count = behind.len();
+        let start = ChainStart { replay_seq: self.next, prev: self.walk.head };
+        let found = behind.into_iter().map(|seq| (seq, Place::Store(store))).collect();
+        let members = members(ctx, found, &start).await?;
+        if let Some(first) = members.sources.first() {
+            self.next = first.seq;
+        }
+        members.damage.map_or(Ok(count), Err)
+    }
+}
+
+/// The store ends before a segment that this host has seen.
+pub fn rolled_back(seen: Head, newest: Option<Seq>) -> Error {
+    Error::corrupt(
+        segment_name(seen.seq),
+        format!(
+            "ROLLBACK: this host has seen this segment (hash {}), but the store's newest is {}: the store was rolled \
+             back, or lost it. Ask the store's operator for what is missing; a new state directory forgets what was seen",
+            seen.hash,
+            newest.map_or_else(|| "none".into(), segment_name)
+        ),
+    )
+}
+
+/// The store has another segment under the number of one that this host has seen.
+pub fn forked(seen: Head, there: Head) -> Error {
+    Error::corrupt(
+        segment_name(seen.seq),
+        format!(
+            "FORK: this host has seen this segment with hash {}, and the store now has one with hash {} under that \
+             number: the history was forked, or exchanged. Find out who else writes with the writer's key; only if that \
+             was meant, use a new state directory",
+            seen.hash, there.hash
+        ),
+    )
+}
