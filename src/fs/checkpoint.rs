@@ -20,6 +20,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Segments since the last checkpoint above which one is made: each costs a replay a request.
 const REPLAY_SEGMENTS_MAX: u64 = 256;
+/// The same on a full disk, where a checkpoint is what lets segments go.
+const FULL_SEGMENTS_MAX: u64 = 16;
 
 /// Pause after a checkpoint that failed, in seconds.
 const RETRY_SECS: u64 = 30;
@@ -93,9 +95,12 @@ impl Checkpointer {
         let weight: usize = state.levels.iter().map(|l| l.weight).sum();
         let segments = next_seq.saturating_sub(self.replay_seq.load(Ordering::Acquire));
         let log_max = if state.no_space { settings.segment_size } else { settings.replay_max };
+        // What was logged before the last start is counted in segments only.
+        let segments_max = if state.no_space { FULL_SEGMENTS_MAX } else { REPLAY_SEGMENTS_MAX };
         // Commits without changes, signs of life, are segments to replay all the same.
         weight >= settings.memtable_max
             || segments >= REPLAY_SEGMENTS_MAX
+            || (self.anything_new(state) && segments >= segments_max)
             || (self.anything_new(state) && log_bytes >= log_max)
     }
 
