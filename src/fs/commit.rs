@@ -5,7 +5,7 @@
 use super::checkpoint::{Checkpointer, Frozen};
 use super::dirty::{DirtyFile, Run};
 use super::edit::ExtentEdit;
-use super::state::{BROKEN, DirtyFiles, Level, State};
+use super::state::{BROKEN, DirtyFiles, Level, State, fold_levels};
 use super::{Fs, MAX_FILE_SIZE};
 use crate::log::writer::LogWriter;
 use crate::log::{self, Append, ClosedSegment};
@@ -425,24 +425,9 @@ impl Committer {
         waiting.into_iter().for_each(|retry| retry());
     }
 
-    /// Folds small levels into larger ones, so that a lookup passes few of them.
+    /// Folds small levels into larger ones, but none that a checkpoint has frozen.
     fn compact(&mut self) {
-        loop {
-            let (upper, lower) = {
-                let state = self.fs.state.lock();
-                match state.levels.as_slice() {
-                    [a, b, ..] if !b.frozen && !a.frozen && a.weight * 2 >= b.weight => {
-                        (a.clone(), b.clone())
-                    }
-                    _ => return,
-                }
-            };
-            let mut delta = Delta::clone(&lower.delta);
-            delta.extend(upper.delta.iter().map(|(k, v)| (k.clone(), v.clone())));
-            let weight = delta.iter().map(|(k, v)| weight(k, v)).sum();
-            let level = Level { delta: Arc::new(delta), weight, frozen: false, upto: upper.upto };
-            self.fs.state.lock().levels.splice(0..2, [level]);
-        }
+        fold_levels(&self.fs.state, |a, b| !a.frozen && !b.frozen);
     }
 
     fn close(&mut self) -> log::Result<()> {

@@ -4,7 +4,7 @@
 
 use super::Fs;
 use super::error::Error;
-use super::state::{Level, Recovery, State};
+use super::state::{Level, Recovery, State, fold_levels};
 use crate::log::{Frames, Result};
 use crate::tree::btree::Tree;
 use crate::tree::delta::{Change, Counters, Delta, Value};
@@ -249,29 +249,8 @@ impl Fs {
         state.generation = CommitNo(no.0 + 1);
         state.count(counters);
         drop(state);
-        self.fold_levels();
+        fold_levels(&self.state, |a, b| a.weight + b.weight <= LEVEL_MAX);
         changed
-    }
-
-    /// Folds small levels into larger ones. Only the follower changes the levels, so that nobody interferes.
-    fn fold_levels(&self) {
-        loop {
-            let (upper, lower) = {
-                let state = self.state.lock();
-                match state.levels.as_slice() {
-                    [a, b, ..] if a.weight * 2 >= b.weight && a.weight + b.weight <= LEVEL_MAX => {
-                        (a.clone(), b.clone())
-                    }
-                    _ => return,
-                }
-            };
-            let mut delta = Delta::clone(&lower.delta);
-            delta.extend(upper.delta.iter().map(|(k, v)| (k.clone(), v.clone())));
-            let weight = delta.iter().map(|(k, v)| weight(k, v)).sum();
-            let level = Level { delta: Arc::new(delta), weight, frozen: false, upto: upper.upto };
-            let old = self.state.lock().levels.splice(0..2, [level]).collect::<Vec<_>>();
-            drop(old); // outside the lock
-        }
     }
 
     /// A checkpoint of a commit that was applied: its tree takes the place of the levels up to it. Nothing that can be

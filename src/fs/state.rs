@@ -16,7 +16,7 @@ use crate::tree::key::{self, Key};
 use crate::tree::memtable::{Levels, weight};
 use crate::tree::value::{Body, Inode};
 use crate::types::{CommitNo, Ino, Timestamp};
-use parking_lot::{Condvar, MutexGuard};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
@@ -425,5 +425,25 @@ impl Tx<'_> {
         if first {
             self.fs.wake.notify_one();
         }
+    }
+}
+
+/// Folds small levels into larger ones, those that `may` be, so that a lookup passes few of them. Only one thread changes
+/// the levels of a file system: the committer, or the follower.
+pub(super) fn fold_levels(state: &Mutex<State>, may: impl Fn(&Level, &Level) -> bool) {
+    loop {
+        let (upper, lower) = {
+            let state = state.lock();
+            match state.levels.as_slice() {
+                [a, b, ..] if a.weight * 2 >= b.weight && may(a, b) => (a.clone(), b.clone()),
+                _ => return,
+            }
+        };
+        let mut delta = Delta::clone(&lower.delta);
+        delta.extend(upper.delta.iter().map(|(k, v)| (k.clone(), v.clone())));
+        let weight = delta.iter().map(|(k, v)| weight(k, v)).sum();
+        let level = Level { delta: Arc::new(delta), weight, frozen: false, upto: upper.upto };
+        let old: Vec<Level> = state.lock().levels.splice(0..2, [level]).collect();
+        drop(old); // outside the lock
     }
 }

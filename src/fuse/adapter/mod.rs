@@ -22,7 +22,7 @@ use super::pace::{self, Pace};
 use super::past::Past;
 use super::serve::{Requests, Served};
 use crate::clock::Clock;
-use crate::fs::{self, AclKind, Attr, CAPABILITY, Fs, NewNode, Seek, SetAttr, Strip, XattrMode};
+use crate::fs::{self, AclKind, Attr, CAPABILITY, Fs, NewNode, SetAttr, Strip, XattrMode};
 use crate::tree::value::FileType;
 use convert::{file_attr, kind_of};
 use fuser::{
@@ -527,13 +527,9 @@ impl Filesystem for Adapter {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        let what = match whence {
-            libc::SEEK_DATA => Seek::Data,
-            libc::SEEK_HOLE => Seek::Hole,
-            _ => return reply.error(Errno::from_i32(libc::EINVAL)),
-        };
-        let Ok(offset) = u64::try_from(offset) else {
-            return reply.error(Errno::from_i32(libc::ENXIO));
+        let (what, offset) = match request::seek(offset, whence) {
+            Ok(asked) => asked,
+            Err(e) => return reply.error(e),
         };
         let kernel = self.kernel.clone();
         let write_back = move |at: u64, len: u64| {

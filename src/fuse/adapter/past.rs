@@ -4,8 +4,8 @@
 
 use super::convert::{blank, file_attr, fuse_kind, negative};
 use super::reply::{self, GENERATION, TTL};
-use super::request::{ino, untrusted};
-use crate::fs::{Attr, DirItem, Seek};
+use super::request::{self, ino, untrusted};
+use crate::fs::{Attr, DirItem};
 use crate::fuse::control_dir::DIRECTORY;
 use crate::fuse::past::{AT, Past, Version};
 use crate::fuse::serve::Served;
@@ -197,13 +197,9 @@ impl PastDir {
     }
 
     pub fn lseek(&self, n: INodeNo, offset: i64, whence: i32, reply: ReplyLseek) {
-        let what = match whence {
-            libc::SEEK_DATA => Seek::Data,
-            libc::SEEK_HOLE => Seek::Hole,
-            _ => return reply.error(Errno::from_i32(libc::EINVAL)),
-        };
-        let Ok(offset) = u64::try_from(offset) else {
-            return reply.error(Errno::from_i32(libc::ENXIO));
+        let (what, offset) = match request::seek(offset, whence) {
+            Ok(asked) => asked,
+            Err(e) => return reply.error(e),
         };
         let (version, inside) = find!(self, n, reply);
         let seek = move |fs: &crate::fs::Fs| fs.seek(inside, offset, what);

@@ -2,10 +2,10 @@
 //! Invariant: nothing here reaches the file system; of other processes only their own lines in /proc are read.
 
 use super::convert::timestamp;
-use crate::fs::{Caller, NewNode};
+use crate::fs::{Caller, NewNode, Seek};
 use crate::tree::value::FileType;
 use crate::types::{Ino, Timestamp};
-use fuser::{INodeNo, OpenFlags, Request, TimeOrNow};
+use fuser::{Errno, INodeNo, OpenFlags, Request, TimeOrNow};
 
 /// A [`NewNode`] that can wait for its turn.
 pub(super) struct OwnedNode {
@@ -24,6 +24,16 @@ impl OwnedNode {
     pub fn borrow(&self) -> NewNode<'_> {
         NewNode { kind: self.kind, mode: self.mode, umask: self.umask, rdev: self.rdev, target: &self.target }
     }
+}
+
+/// What lseek(2) looks for, and from where; an errno for what it cannot be asked.
+pub(super) fn seek(offset: i64, whence: i32) -> Result<(Seek, u64), Errno> {
+    let what = match whence {
+        libc::SEEK_DATA => Seek::Data,
+        libc::SEEK_HOLE => Seek::Hole,
+        _ => return Err(Errno::from_i32(libc::EINVAL)),
+    };
+    u64::try_from(offset).map(|offset| (what, offset)).map_err(|_| Errno::from_i32(libc::ENXIO))
 }
 
 pub(super) fn ino(n: INodeNo) -> Ino {
