@@ -14,6 +14,7 @@ pub mod mounted;
 pub mod options;
 mod passing;
 pub mod progress;
+pub mod promote;
 pub mod recover_key;
 pub mod seam;
 pub mod serve;
@@ -70,6 +71,8 @@ enum Command {
     Upgrade(upgrade::UpgradeArgs),
     Status(status::StatusArgs),
     Versions(versions::VersionsArgs),
+    Promote(promote::PromoteArgs),
+    Accept(promote::AcceptArgs),
     RecoverKey(recover_key::RecoverKeyArgs),
     /// What a daemon starts to go on with its mount.
     #[command(hide = true)]
@@ -186,6 +189,8 @@ fn dispatch(args: Vec<OsString>) -> exit::Outcome {
         Command::TakeOver => takeover::run(),
         Command::Status(args) => status::run(args),
         Command::Versions(args) => versions::run(args),
+        Command::Promote(args) => promote::promote(args),
+        Command::Accept(args) => promote::accept(args),
         Command::RecoverKey(args) => recover_key::run(args),
         Command::Man(args) => man::run(args),
         Command::MountHelper(args) => mount_helper::run(args.words),

@@ -1,13 +1,14 @@
 //! The chain of segments: reading their ends from the spool or the store, which of them belong to the chain, and
 //! the list of commits in them.
-//! Invariant: a segment counts only if its trailer is the writer's, names the one before it by hash, and no epoch
-//! goes back. What an overtaken writer left in the store is not part of the chain, whatever its numbers.
+//! Invariant: a segment counts only if it lies in the one place that the one before it leaves for it, its trailer is the
+//! writer's and names that one by hash, and no epoch goes back. What an overtaken writer left in the store lies in no
+//! such place, whatever its numbers.
 
 use super::frame::DeltaHeader;
 use super::gather::{coalesce, cut};
 use super::segment::{
-    HEADER_LEN, Index, IndexedCommit, SegmentCipher, TRAILER_LEN, Trailer, UncheckedTrailer, VolumeContext,
-    segment_name, seq_of_name,
+    HEADER_LEN, Index, IndexedCommit, Kind, SegmentCipher, TRAILER_LEN, Trailer, UncheckedTrailer,
+    VolumeContext, place_after, segment_name, seq_of_name,
 };
 use super::{CommitInfo, Error, Result};
 use crate::disk::FileRef;
@@ -17,7 +18,6 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt, TryStreamExt};
-use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// Requests to the store in flight at a time while the chain is read.
@@ -109,6 +109,11 @@ impl Source<'_> {
     /// The segment's trailer alone.
     pub async fn trailer(&self, ctx: &VolumeContext) -> Result<End> {
         self.end(ctx, TRAILER_LEN as u64).await
+    }
+
+    /// The trailer alone, for [`follow`].
+    fn bare<'a>(&'a self, ctx: &'a VolumeContext) -> BoxFuture<'a, Result<(End, ())>> {
+        async move { Ok((self.trailer(ctx).await?, ())) }.boxed()
     }
 
     async fn end(&self, ctx: &VolumeContext, len: u64) -> Result<End> {
@@ -212,16 +217,43 @@ fn assemble(commit: &IndexedCommit, parts: &[Bytes]) -> Option<Commit> {
 
 /// How far the chain has been followed.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Walk {
+pub(crate) struct Walk {
     pub head: Option<Head>,
+    /// Where the next segment is, if there is one.
+    pub place: Seq,
+    /// Not less than 1; that of the newest segment once there was one.
     pub epoch: Epoch,
     pub last_commit: CommitNo,
+    /// When the last commit was made, if a segment said so.
+    pub last_time: Option<Timestamp>,
+    /// A barrier was passed over behind the newest segment.
+    pub barred: bool,
+    /// The newest claim.
+    pub claim: Option<Seq>,
 }
 
 impl Walk {
-    /// Takes the next segment, if it continues the chain.
-    pub fn step(&mut self, end: &End, object: &str) -> Result<()> {
+    /// Before the first segment of `start`.
+    pub fn begin(start: &ChainStart) -> Walk {
+        Walk {
+            head: start.prev,
+            place: start.replay_seq,
+            epoch: Epoch(1),
+            last_commit: CommitNo(0),
+            last_time: None,
+            barred: false,
+            claim: None,
+        }
+    }
+
+    /// Takes the next segment, if it continues the chain. A barrier in its place moves the place.
+    pub(super) fn step(&mut self, end: &End, object: &str) -> Result<()> {
         let (trailer, at) = (&end.trailer, self.head.map(|head| head.seq).unwrap_or_default());
+        if trailer.kind == Kind::Barrier {
+            self.place = place_after(trailer.seq(), Kind::Barrier);
+            self.barred = true;
+            return Ok(());
+        }
         if trailer.prev != self.head {
             return Err(match trailer.prev {
                 Some(prev) if prev.seq > at => missing(prev.seq, trailer.seq()),
@@ -239,9 +271,36 @@ impl Walk {
             return Err(Error::corrupt(object, "goes back behind the segment before it (epoch or commit)"));
         }
         self.head = Some(end.head);
+        self.place = place_after(end.head.seq, trailer.kind);
         self.epoch = trailer.header.epoch;
         self.last_commit = self.last_commit.max(trailer.last_commit);
+        if trailer.commit_count > 0 {
+            self.last_time = Some(trailer.last_time);
+        }
+        self.barred = false;
+        if trailer.kind == Kind::Claim {
+            self.claim = Some(end.head.seq);
+        }
         Ok(())
+    }
+
+    /// What to say where no segment is in the next place, and `behind` are those that lie behind it: nothing, when
+    /// the chain ends there.
+    fn gap(&self, behind: &[End]) -> Option<Error> {
+        let belongs = |end: &&End| {
+            end.trailer.kind != Kind::Barrier
+                && end.trailer.seq() > self.place
+                && end.trailer.header.epoch >= self.epoch
+        };
+        let behind: Vec<&End> = behind.iter().filter(belongs).collect();
+        let first = behind.first()?;
+        if behind.iter().all(|end| end.trailer.header.epoch == self.epoch)
+            && was_in_flight(self.place, &behind)
+        {
+            ::log::warn!("{}: its upload was cut off; the history ends before it", segment_name(self.place));
+            return None;
+        }
+        Some(missing(self.place, first.trailer.seq()))
     }
 }
 
@@ -265,73 +324,40 @@ pub(super) fn windowed<'a, 's, T: Send + 'a>(
     futures::stream::iter(asked).buffered(WINDOW).boxed()
 }
 
-/// Which segments make up the chain, and what to say when it is followed to their end.
-pub(super) struct Members<'a> {
-    pub sources: Vec<Source<'a>>,
-    /// The damage that lies behind them, for those who want more than they hold.
-    pub damage: Option<Error>,
-}
-
-/// Finds out which of `found` belong to the chain that begins at `start`.
-pub(super) async fn members<'a>(
-    ctx: &VolumeContext,
-    found: BTreeMap<Seq, Place<'a>>,
-    start: &ChainStart,
-) -> Result<Members<'a>> {
-    let sources: Vec<Source<'a>> = found.into_iter().map(|(seq, place)| Source { seq, place }).collect();
-    let (Some(first), Some(last)) = (sources.first(), sources.last()) else {
-        return Ok(Members { sources, damage: None });
-    };
-    // Within an epoch the numbers are without gaps, so that the list alone tells. Only a promotion skips numbers,
-    // and only it can leave segments in the store that are not part of the chain.
-    let unbroken = first.seq == start.replay_seq && last.seq.0 - first.seq.0 == sources.len() as u64 - 1;
-    let one_epoch = match unbroken && sources.len() > 1 {
-        true => {
-            let (first, last) = futures::try_join!(first.trailer(ctx), last.trailer(ctx))?;
-            first.trailer.header.epoch == last.trailer.header.epoch
-        }
-        false => unbroken,
-    };
-    if one_epoch {
-        return Ok(Members { sources, damage: None });
-    }
-    let ends: Vec<End> = windowed(&sources, |source| source.trailer(ctx).boxed()).try_collect().await?;
-    let ends: BTreeMap<Seq, End> = ends.into_iter().map(|end| (end.trailer.seq(), end)).collect();
-    let (chain, damage) = select(&ends, start);
-    let sources = sources.into_iter().filter(|source| {
-        let belongs = chain.contains(&source.seq);
-        if !belongs {
+/// Follows the chain over `sources`, in order of their numbers, as far as it goes. Each is loaded once, some at a time.
+/// `take` gets what was loaded of each segment of the chain, with the walk behind it and the newest commit before it; it
+/// says whether to go on. What does not lie in its place is left aside: what an old writer had on its way when it lost
+/// the volume, and barriers. Gives the damage that lies behind the last one, for those who want more than it holds.
+pub(super) async fn follow<'a, 's, T: Send + 'a>(
+    ctx: &'a VolumeContext,
+    sources: &'a [Source<'s>],
+    walk: &mut Walk,
+    load: impl FnMut(&'a Source<'s>) -> BoxFuture<'a, Result<(End, T)>>,
+    take: &mut (dyn FnMut(&mut Walk, CommitNo, &End, T) -> Result<bool> + Send),
+) -> Result<Option<Error>> {
+    let mut loaded = windowed(sources, load);
+    for (i, source) in sources.iter().enumerate() {
+        let Some(found) = loaded.next().await else { break };
+        if source.seq < walk.place {
             ::log::warn!("{}: not part of the chain; left aside", source.object());
+            continue;
         }
-        belongs
-    });
-    Ok(Members { sources: sources.collect(), damage })
-}
-
-/// Follows the chain back from its newest segment. A segment that is missing on the way ends the chain before it:
-/// quietly if it was never known to be in the store, otherwise as damage.
-fn select(ends: &BTreeMap<Seq, End>, start: &ChainStart) -> (Vec<Seq>, Option<Error>) {
-    let mut damage = None;
-    let mut chain: Vec<Seq> = Vec::new();
-    let mut seen: Vec<&End> = Vec::new();
-    let mut next = ends.keys().next_back().copied();
-    while let Some((seq, end)) = next.and_then(|seq| ends.get_key_value(&seq)) {
-        chain.push(*seq);
-        seen.push(end);
-        next = end.trailer.prev.map(|prev| prev.seq).filter(|prev| *prev >= start.replay_seq);
-        if let Some(prev) = next.filter(|prev| !ends.contains_key(prev)) {
-            if was_in_flight(prev, &seen) {
-                ::log::warn!("{}: its upload was cut off; the history ends before it", segment_name(prev));
-                damage = None;
-            } else {
-                damage = Some(missing(prev, *seq));
-            }
-            chain.clear();
-            next = ends.range(..prev).next_back().map(|(seq, _)| *seq);
+        if source.seq > walk.place {
+            drop(loaded);
+            let rest = sources.get(i..).unwrap_or_default();
+            // More than can have been in flight: the newest tell enough.
+            let rest = rest.get(rest.len().saturating_sub(2 * IN_FLIGHT_MAX)..).unwrap_or_default();
+            let behind: Vec<End> = windowed(rest, |source| source.trailer(ctx).boxed()).try_collect().await?;
+            return Ok(walk.gap(&behind));
+        }
+        let (end, found) = found?;
+        let before = walk.last_commit;
+        walk.step(&end, &segment_name(source.seq))?;
+        if end.trailer.kind != Kind::Barrier && !take(walk, before, &end, found)? {
+            break;
         }
     }
-    chain.reverse();
-    (chain, damage)
+    Ok(None)
 }
 
 /// True when every segment behind `seq` says that `seq` was not yet known to be in the store: they were uploaded at
@@ -386,25 +412,21 @@ async fn list_once(store: &dyn Store, from: Seq) -> Result<Vec<Seq>> {
 pub async fn list_commits(ctx: &VolumeContext, store: &dyn Store) -> Result<Vec<CommitInfo>> {
     let found = list_store(store, Seq(0)).await?;
     let Some(first) = found.first() else { return Ok(Vec::new()) };
-    let start = ChainStart { replay_seq: *first, prev: None };
-    let found = found.into_iter().map(|seq| (seq, Place::Store(store))).collect();
-    let members = members(ctx, found, &start).await?;
-    if let Some(damage) = &members.damage {
-        ::log::warn!("the list of versions ends early: {damage}");
-    }
-    let mut ends = windowed(&members.sources, |source| source.indexed(ctx).boxed());
+    // The collector may have taken the beginning of the chain away: the first one left is where we start.
+    let oldest = Source { seq: *first, place: Place::Store(store) }.trailer(ctx).await?;
+    let start = ChainStart { replay_seq: *first, prev: oldest.trailer.prev };
+    let sources: Vec<_> = found.into_iter().map(|seq| Source { seq, place: Place::Store(store) }).collect();
+    let mut walk = Walk { epoch: oldest.trailer.header.epoch, ..Walk::begin(&start) };
     let mut commits = Vec::new();
-    let mut walk: Option<Walk> = None;
-    while let Some((end, index)) = ends.try_next().await? {
-        // The collector may have taken the beginning of the chain away: the first one left is where we start.
-        let walk = walk.get_or_insert(Walk {
-            head: end.trailer.prev,
-            epoch: end.trailer.header.epoch,
-            last_commit: CommitNo(0),
-        });
+    let mut take = |_: &mut Walk, _: CommitNo, end: &End, index: Index| {
         let seq = end.trailer.seq();
-        walk.step(&end, &segment_name(seq))?;
         commits.extend(index.commits.iter().map(|c| CommitInfo { no: c.no, time: c.time, seq }));
+        Ok(true)
+    };
+    if let Some(damage) =
+        follow(ctx, &sources, &mut walk, |source| source.indexed(ctx).boxed(), &mut take).await?
+    {
+        ::log::warn!("the list of versions ends early: {damage}");
     }
     Ok(commits)
 }
@@ -423,26 +445,46 @@ pub async fn stored_head(ctx: &VolumeContext, store: &dyn Store, seq: Seq) -> Re
     Ok(Source { seq, place: Place::Store(store) }.trailer(ctx).await?.head)
 }
 
-/// The newest segment in the store and the last commit at its end.
-#[derive(Clone, Copy, Debug)]
-pub struct Newest {
-    /// Its number.
-    pub seq: Seq,
-    /// The newest commit in the segments looked at, with its time.
-    pub commit: Option<(CommitNo, Timestamp)>,
+/// Follows the chain in the store behind `walk` to its end, by the trailers alone.
+pub(crate) async fn go_on(ctx: &VolumeContext, store: &dyn Store, walk: &mut Walk) -> Result<()> {
+    let found = list_store(store, walk.place).await?;
+    let sources: Vec<_> = found.into_iter().map(|seq| Source { seq, place: Place::Store(store) }).collect();
+    let load = |source| Source::bare(source, ctx);
+    let damage = follow(ctx, &sources, walk, load, &mut |_, _, _, ()| Ok(true)).await?;
+    damage.map_or(Ok(()), Err)
 }
 
-/// The newest segment from number `from` on, and the last commit in it or before it, not behind `from`.
-pub async fn newest(ctx: &VolumeContext, store: &dyn Store, from: Seq) -> Result<Option<Newest>> {
-    let found = list_store(store, from).await?;
-    let Some(seq) = found.last().copied() else { return Ok(None) };
-    for seq_with in found.iter().rev() {
-        let trailer = Source { seq: *seq_with, place: Place::Store(store) }.trailer(ctx).await?.trailer;
-        if trailer.commit_count > 0 {
-            return Ok(Some(Newest { seq, commit: Some((trailer.last_commit, trailer.last_time)) }));
+/// The end of the chain in the store that begins at `start`.
+pub(crate) async fn end_in_store(ctx: &VolumeContext, store: &dyn Store, start: &ChainStart) -> Result<Walk> {
+    let mut walk = Walk::begin(start);
+    if let Some(prev) = start.prev {
+        let end = Source { seq: prev.seq, place: Place::Store(store) }.trailer(ctx).await?;
+        if end.head != prev {
+            return Err(Error::corrupt(
+                segment_name(prev.seq),
+                "is another segment than the one the checkpoint names",
+            ));
         }
+        walk.epoch = end.trailer.header.epoch;
+        walk.last_commit = end.trailer.last_commit;
     }
-    Ok(Some(Newest { seq, commit: None }))
+    go_on(ctx, store, &mut walk).await?;
+    Ok(walk)
+}
+
+/// Takes the one segment in the store that `walk` waits for, without asking for a list. What lies there, or nothing.
+pub(crate) async fn take_next(
+    ctx: &VolumeContext,
+    store: &dyn Store,
+    walk: &mut Walk,
+) -> Result<Option<(Trailer, Head)>> {
+    let source = Source { seq: walk.place, place: Place::Store(store) };
+    let end = match source.trailer(ctx).await {
+        Err(Error::Store(crate::store::StoreError::NotFound { .. })) => return Ok(None),
+        found => found?,
+    };
+    walk.step(&end, &source.object())?;
+    Ok(Some((end.trailer, end.head)))
 }
 
 #[cfg(test)]

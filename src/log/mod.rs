@@ -4,6 +4,7 @@
 
 mod ahead;
 pub mod chain;
+pub mod claim;
 mod closing;
 mod frame;
 mod gather;

@@ -4,6 +4,7 @@
 use super::opening::context;
 use super::opening::list_checkpoints;
 use crate::crypto::keyfile::KeyFile;
+use crate::log::chain::ChainStart;
 use crate::log::{CommitInfo, Error, Result, chain};
 use crate::ops::init::load_superblock;
 use crate::store::Store;
@@ -44,19 +45,20 @@ pub async fn summary(store: &dyn Store, key: &KeyFile) -> Result<Summary> {
         Some(name) => {
             let (bytes, _) = store.get_suffix(name, 64 << 10).await.map_err(Error::Store)?;
             let root = checkpoint::open(&bytes, name, ctx.id, &ctx.key, &ctx.writer_public)?;
-            Some((root.commit, root.time, root.replay_seq))
+            let start = ChainStart { replay_seq: root.replay_seq, prev: root.replay_prev };
+            Some((root.commit, root.time, start))
         }
         None => None,
     };
-    let from = newest_checkpoint.map_or(Seq(1), |(_, _, seq)| seq);
-    let newest = chain::newest(&ctx, store, from).await?;
-    let behind = newest.and_then(|newest| newest.commit);
-    let at_checkpoint = newest_checkpoint.map(|(no, time, _)| (no, time));
+    let start = newest_checkpoint.map_or_else(ChainStart::default, |(_, _, start)| start);
+    let end = chain::end_in_store(&ctx, store, &start).await?;
+    let behind = end.last_time.map(|time| (end.last_commit, time));
+    let newest_checkpoint = newest_checkpoint.map(|(no, time, _)| (no, time));
     Ok(Summary {
         name: superblock.name,
         id: superblock.volume,
-        newest_segment: newest.map(|newest| newest.seq),
-        last_commit: behind.or(at_checkpoint),
-        newest_checkpoint: at_checkpoint,
+        newest_segment: end.head.map(|head| head.seq),
+        last_commit: behind.or(newest_checkpoint),
+        newest_checkpoint,
     })
 }

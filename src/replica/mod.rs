@@ -1,12 +1,14 @@
 //! What leads the copy in the embassy after the log at home: the uploader, and the account of what is durable where.
 //! Invariant: the remote log is a prefix of the local one, and nobody is told that a commit is durable before it is.
 
+pub mod divergent;
 pub mod durable;
 mod io;
 pub mod listing;
 mod opening;
 mod orphans;
 mod predecessor;
+pub mod promote;
 mod proof;
 pub mod uploader;
 pub mod volume;
