@@ -102,8 +102,8 @@ impl Run {
                 continue; // an old list
             }
             same(|| "the commit shown after a promotion".into(), shown, last.0)?;
-            if last.0 > known {
-                return Ok(()); // what home wrote meanwhile is not the model's
+            if last.0 >= known {
+                return Ok(()); // what home wrote meanwhile, also into a commit under way, is not the model's
             }
             let model = self.at(last.0).clone();
             let mut cookies = self.cookies.clone();
