@@ -15,6 +15,7 @@ pub mod mounted;
 pub mod options;
 mod passing;
 pub mod progress;
+pub mod promote;
 pub mod reading;
 pub mod recover_key;
 pub mod restore;
@@ -78,6 +79,8 @@ enum Command {
     Diff(diff::DiffArgs),
     Restore(restore::RestoreArgs),
     Verify(verify::VerifyArgs),
+    Promote(promote::PromoteArgs),
+    Accept(promote::AcceptArgs),
     RecoverKey(recover_key::RecoverKeyArgs),
     /// What a daemon starts to go on with its mount.
     #[command(hide = true)]
@@ -197,6 +200,8 @@ fn dispatch(args: Vec<OsString>) -> exit::Outcome {
         Command::Diff(args) => diff::run(args),
         Command::Restore(args) => restore::run(args),
         Command::Verify(args) => verify::run(args),
+        Command::Promote(args) => promote::promote(args),
+        Command::Accept(args) => promote::accept(args),
         Command::RecoverKey(args) => recover_key::run(args),
         Command::Man(args) => man::run(args),
         Command::MountHelper(args) => mount_helper::run(args.words),

@@ -18,7 +18,7 @@ use crate::ops::status::{CommitPoint, Status, StoreStatus};
 use crate::ops::{self, init::InitError};
 use crate::replica::durable::Protection;
 use crate::replica::volume::{OpenOptions, Volume};
-use crate::replica::{Io, Predecessor, Trust, Version, listing};
+use crate::replica::{Io, Predecessor, Trust, Version, listing, promote};
 use crate::store::{self, Store, StoreError};
 use crate::types::{CommitNo, Timestamp};
 use std::collections::BTreeMap;
@@ -261,6 +261,26 @@ pub fn store_status(request: &StoreRequest) -> Result<StoreStatus, Failure> {
         last_commit: point(found.last_commit),
         newest_checkpoint: point(found.newest_checkpoint),
     })
+}
+
+/// What this host calls itself.
+pub fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    if name.trim().is_empty() { "unknown".into() } else { name.trim().to_owned() }
+}
+
+/// Makes this host the volume's writer; with `accept` only if the volume was handed over to that name.
+pub fn promote(
+    request: &StoreRequest,
+    state: PathBuf,
+    host: String,
+    reason: String,
+    accept: Option<String>,
+) -> Result<promote::Report, Failure> {
+    let key = load_key(&request.key, Role::Writer)?;
+    let store = open_store(&request.store_url, &request.store_options)?;
+    let options = promote::Promotion { store, key, state, env: Env::system(), host, reason, accept };
+    runtime()?.block_on(promote::promote(&options)).map_err(|e| failure(&e))
 }
 
 /// Writes to `out` the reader's key file that `passphrase` opens in the store; the file must not exist.

@@ -5,11 +5,11 @@
 use super::chain::{ChainStart, End, Place, Source, Walk, list_store, missing, select, windowed};
 use super::frame::SegmentCipher;
 use super::index::Index;
-use super::segment::{VolumeContext, segment_name};
+use super::segment::{Kind, VolumeContext, segment_name};
 use super::{Error, Result};
 use crate::crypto::Hasher;
 use crate::store::{Store, StoreError};
-use crate::types::{CommitNo, Epoch, FrameKind, FramePtr, Head, Seq, Timestamp};
+use crate::types::{CommitNo, FrameKind, FramePtr, Head, Seq, Timestamp};
 use futures::{FutureExt, StreamExt, TryStreamExt};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -107,9 +107,14 @@ pub async fn chain(ctx: &VolumeContext, store: &dyn Store) -> Result<Chain> {
 
 /// Looks at the links between `members`.
 fn follow(ends: &BTreeMap<Seq, End>, members: &[Seq], found: &mut Chain) -> Result<()> {
-    let mut walk = Walk { head: None, epoch: Epoch(0), last_commit: CommitNo(0) };
+    let mut walk = Walk::begin(&ChainStart::default());
     for (seq, end) in members.iter().filter_map(|seq| ends.get_key_value(seq)) {
         let object = segment_name(*seq);
+        // Among all that there is: what an overtaken writer left, and what stopped him.
+        let aside = end.trailer.header.epoch < walk.epoch || end.trailer.kind == Kind::Barrier;
+        if aside && walk.place != *seq {
+            continue;
+        }
         if let Err(e) = walk.step(end, &object) {
             let prev = end.trailer.prev.map(|prev| prev.seq);
             let error = match prev.filter(|prev| !ends.contains_key(prev)) {
@@ -117,11 +122,11 @@ fn follow(ends: &BTreeMap<Seq, End>, members: &[Seq], found: &mut Chain) -> Resu
                 None => e,
             };
             found.findings.push(Finding::from_error(error, &object)?);
-            walk = Walk {
-                head: Some(end.head),
-                epoch: end.trailer.header.epoch,
-                last_commit: end.trailer.last_commit,
-            };
+            walk = Walk::before(end);
+            walk.step(end, &object)?;
+        }
+        if end.trailer.kind == Kind::Barrier {
+            continue;
         }
         found.members.push((*seq, end.size));
         found.head = Some(end.head);

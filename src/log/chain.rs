@@ -1,15 +1,16 @@
-//! The chain of segments: reading their ends from the spool or the store, which of them belong to the chain, and
-//! the list of commits in them.
-//! Invariant: a segment counts only if its trailer is the writer's, names the one before it by hash, and no epoch
-//! goes back. What an overtaken writer left in the store is not part of the chain, whatever its numbers.
+//! The chain of segments: reading their ends from the spool or the store, and which of them belong to the chain.
+//! Invariant: a segment counts only if it lies in the one place that the one before it leaves for it, its trailer is the
+//! writer's and names that one by hash, and no epoch goes back. What an overtaken writer left in the store lies in no
+//! such place, whatever its numbers.
 
 use super::frame::DeltaHeader;
 use super::gather::{coalesce, cut};
+use super::recovery::Recovered;
 use super::segment::{
-    HEADER_LEN, Index, IndexedCommit, SegmentCipher, TRAILER_LEN, Trailer, UncheckedTrailer, VolumeContext,
-    segment_name, seq_of_name,
+    HEADER_LEN, Index, IndexedCommit, Kind, SegmentCipher, TRAILER_LEN, Trailer, UncheckedTrailer,
+    VolumeContext, place_after, segment_name, seq_of_name,
 };
-use super::{CommitInfo, Error, Result};
+use super::{Error, Result};
 use crate::disk::FileRef;
 use crate::store::Store;
 use crate::types::{CommitNo, Epoch, FrameKind, Head, Seq, Timestamp};
@@ -26,8 +27,6 @@ pub(super) const WINDOW: usize = 128;
 /// A segment's end is asked for in one request of this many bytes: trailer, index, and often the deltas.
 const TAIL_LEN: u64 = 64 << 10;
 const LIST_PAGE: usize = 1000;
-/// Segments whose commits are listed at once.
-const LISTED_AT_ONCE: usize = 32;
 /// The deltas of a segment may unpack to so many bytes, and to so many for each byte of the segment. A writer's small
 /// segments are closed long before; in large ones (the removal of a huge file) deltas shrink to a quarter.
 const UNPACKED_FREE: u64 = 256 << 20;
@@ -112,6 +111,11 @@ impl Source<'_> {
     /// The segment's trailer alone.
     pub async fn trailer(&self, ctx: &VolumeContext) -> Result<End> {
         self.end(ctx, TRAILER_LEN as u64).await
+    }
+
+    /// The trailer alone, for [`follow`].
+    pub fn bare<'a>(&'a self, ctx: &'a VolumeContext) -> BoxFuture<'a, Result<(End, ())>> {
+        async move { Ok((self.trailer(ctx).await?, ())) }.boxed()
     }
 
     async fn end(&self, ctx: &VolumeContext, len: u64) -> Result<End> {
@@ -220,16 +224,55 @@ fn assemble(commit: &IndexedCommit, parts: &[Bytes]) -> Option<Commit> {
 
 /// How far the chain has been followed.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Walk {
+pub(crate) struct Walk {
     pub head: Option<Head>,
+    /// Where the next segment is, if there is one.
+    pub place: Seq,
+    /// Not less than 1; that of the newest segment once there was one.
     pub epoch: Epoch,
     pub last_commit: CommitNo,
+    /// When the last commit was made, if a segment said so.
+    pub last_time: Option<Timestamp>,
+    /// A barrier was passed over behind the newest segment.
+    pub barred: bool,
+    /// The newest claim.
+    pub claim: Option<Seq>,
 }
 
 impl Walk {
-    /// Takes the next segment, if it continues the chain.
-    pub fn step(&mut self, end: &End, object: &str) -> Result<()> {
+    /// Before the first segment of `start`.
+    pub fn begin(start: &ChainStart) -> Walk {
+        Walk {
+            head: start.prev,
+            place: start.replay_seq,
+            epoch: Epoch(1),
+            last_commit: CommitNo(0),
+            last_time: None,
+            barred: false,
+            claim: None,
+        }
+    }
+
+    /// Before a segment that is in the chain, wherever that begins.
+    pub(super) fn before(first: &End) -> Walk {
+        let start = ChainStart { replay_seq: first.head.seq, prev: first.trailer.prev };
+        Walk { epoch: first.trailer.header.epoch, ..Walk::begin(&start) }
+    }
+
+    /// At the end that recovery found.
+    pub(super) fn at(end: &Recovered) -> Walk {
+        let start = ChainStart { replay_seq: end.next_seq, prev: end.head };
+        Walk { epoch: end.epoch, last_commit: end.last_commit, ..Walk::begin(&start) }
+    }
+
+    /// Takes the next segment, if it continues the chain. A barrier in its place moves the place.
+    pub(super) fn step(&mut self, end: &End, object: &str) -> Result<()> {
         let (trailer, at) = (&end.trailer, self.head.map(|head| head.seq).unwrap_or_default());
+        if trailer.kind == Kind::Barrier {
+            self.place = place_after(trailer.seq(), Kind::Barrier);
+            self.barred = true;
+            return Ok(());
+        }
         if trailer.prev != self.head {
             return Err(match trailer.prev {
                 Some(prev) if prev.seq > at => missing(prev.seq, trailer.seq()),
@@ -247,15 +290,37 @@ impl Walk {
             return Err(Error::corrupt(object, "goes back behind the segment before it (epoch or commit)"));
         }
         self.head = Some(end.head);
+        self.place = place_after(end.head.seq, trailer.kind);
         self.epoch = trailer.header.epoch;
         self.last_commit = self.last_commit.max(trailer.last_commit);
+        if trailer.commit_count > 0 {
+            self.last_time = Some(trailer.last_time);
+        }
+        self.barred = false;
+        if trailer.kind == Kind::Claim {
+            self.claim = Some(end.head.seq);
+        }
         Ok(())
     }
-}
 
-/// Where the segment behind this one lies.
-pub(super) fn next_place(trailer: &Trailer) -> Seq {
-    Seq(trailer.seq().0 + 1)
+    /// What to say where no segment is in the next place, and `behind` are those that lie behind it: nothing, when
+    /// the chain ends there.
+    fn gap<'e>(&self, behind: impl Iterator<Item = &'e End>) -> Option<Error> {
+        let belongs = |end: &&End| {
+            end.trailer.kind != Kind::Barrier
+                && end.trailer.seq() > self.place
+                && end.trailer.header.epoch >= self.epoch
+        };
+        let behind: Vec<&End> = behind.filter(belongs).collect();
+        let first = behind.first()?;
+        if behind.iter().all(|end| end.trailer.header.epoch == self.epoch)
+            && was_in_flight(self.place, &behind)
+        {
+            ::log::warn!("{}: its upload was cut off; the history ends before it", segment_name(self.place));
+            return None;
+        }
+        Some(missing(self.place, first.trailer.seq()))
+    }
 }
 
 pub(super) fn missing(seq: Seq, after: Seq) -> Error {
@@ -278,73 +343,60 @@ pub(super) fn windowed<'a, 's, T: Send + 'a>(
     futures::stream::iter(asked).buffered(WINDOW).boxed()
 }
 
-/// Which segments make up the chain, and what to say when it is followed to their end.
-pub(super) struct Members<'a> {
-    pub sources: Vec<Source<'a>>,
-    /// The damage that lies behind them, for those who want more than they hold.
-    pub damage: Option<Error>,
-}
-
-/// Finds out which of `found` belong to the chain that begins at `start`.
-pub(super) async fn members<'a>(
-    ctx: &VolumeContext,
-    found: BTreeMap<Seq, Place<'a>>,
-    start: &ChainStart,
-) -> Result<Members<'a>> {
-    let sources: Vec<Source<'a>> = found.into_iter().map(|(seq, place)| Source { seq, place }).collect();
-    let (Some(first), Some(last)) = (sources.first(), sources.last()) else {
-        return Ok(Members { sources, damage: None });
-    };
-    // Within an epoch the numbers are without gaps, so that the list alone tells. Only a promotion skips numbers,
-    // and only it can leave segments in the store that are not part of the chain.
-    let unbroken = first.seq == start.replay_seq && last.seq.0 - first.seq.0 == sources.len() as u64 - 1;
-    let one_epoch = match unbroken && sources.len() > 1 {
-        true => {
-            let (first, last) = futures::try_join!(first.trailer(ctx), last.trailer(ctx))?;
-            first.trailer.header.epoch == last.trailer.header.epoch
-        }
-        false => unbroken,
-    };
-    if one_epoch {
-        return Ok(Members { sources, damage: None });
-    }
-    let ends: Vec<End> = windowed(&sources, |source| source.trailer(ctx).boxed()).try_collect().await?;
-    let ends: BTreeMap<Seq, End> = ends.into_iter().map(|end| (end.trailer.seq(), end)).collect();
-    let (chain, damage) = select(&ends, start);
-    let sources = sources.into_iter().filter(|source| {
-        let belongs = chain.contains(&source.seq);
-        if !belongs {
+/// Follows the chain over `sources`, in order of their numbers, as far as it goes. Each is loaded once, some at a time.
+/// `take` gets what was loaded of each segment of the chain, with the walk behind it and the newest commit before it; it
+/// says whether to go on. What does not lie in its place is left aside: what an old writer had on its way when it lost
+/// the volume, and barriers. Gives the damage that lies behind the last one, for those who want more than it holds.
+pub(super) async fn follow<'a, 's, T: Send + 'a>(
+    ctx: &'a VolumeContext,
+    sources: &'a [Source<'s>],
+    walk: &mut Walk,
+    load: impl FnMut(&'a Source<'s>) -> BoxFuture<'a, Result<(End, T)>>,
+    take: &mut (dyn FnMut(&mut Walk, CommitNo, &End, T) -> Result<bool> + Send),
+) -> Result<Option<Error>> {
+    let mut loaded = windowed(sources, load);
+    for (i, source) in sources.iter().enumerate() {
+        let Some(found) = loaded.next().await else { break };
+        if source.seq < walk.place {
             ::log::warn!("{}: not part of the chain; left aside", source.object());
+            continue;
         }
-        belongs
-    });
-    Ok(Members { sources: sources.collect(), damage })
-}
-
-/// Follows the chain back from its newest segment. A segment that is missing on the way ends the chain before it:
-/// quietly if it was never known to be in the store, otherwise as damage.
-pub(super) fn select(ends: &BTreeMap<Seq, End>, start: &ChainStart) -> (Vec<Seq>, Option<Error>) {
-    let mut damage = None;
-    let mut chain: Vec<Seq> = Vec::new();
-    let mut seen: Vec<&End> = Vec::new();
-    let mut next = ends.keys().next_back().copied();
-    while let Some((seq, end)) = next.and_then(|seq| ends.get_key_value(&seq)) {
-        chain.push(*seq);
-        seen.push(end);
-        next = end.trailer.prev.map(|prev| prev.seq).filter(|prev| *prev >= start.replay_seq);
-        if let Some(prev) = next.filter(|prev| !ends.contains_key(prev)) {
-            if was_in_flight(prev, &seen) {
-                ::log::warn!("{}: its upload was cut off; the history ends before it", segment_name(prev));
-                damage = None;
-            } else {
-                damage = Some(missing(prev, *seq));
-            }
-            chain.clear();
-            next = ends.range(..prev).next_back().map(|(seq, _)| *seq);
+        if source.seq > walk.place {
+            drop(loaded);
+            let rest = sources.get(i..).unwrap_or_default();
+            // More than can have been in flight: the newest tell enough.
+            let rest = rest.get(rest.len().saturating_sub(2 * IN_FLIGHT_MAX)..).unwrap_or_default();
+            let behind: Vec<End> = windowed(rest, |source| source.trailer(ctx).boxed()).try_collect().await?;
+            return Ok(walk.gap(behind.iter()));
+        }
+        let (end, found) = found?;
+        let before = walk.last_commit;
+        walk.step(&end, &segment_name(source.seq))?;
+        if end.trailer.kind != Kind::Barrier && !take(walk, before, &end, found)? {
+            break;
         }
     }
-    chain.reverse();
-    (chain, damage)
+    Ok(None)
+}
+
+/// Which of `ends` make up the chain from `start` on, and the damage that lies behind the last of them.
+pub(super) fn select(ends: &BTreeMap<Seq, End>, start: &ChainStart) -> (Vec<Seq>, Option<Error>) {
+    let (mut walk, mut chain) = (Walk::begin(start), Vec::new());
+    for (seq, end) in ends {
+        if *seq > walk.place {
+            return (chain, walk.gap(ends.range(seq..).map(|(_, end)| end)));
+        }
+        if *seq < walk.place {
+            continue;
+        }
+        if let Err(e) = walk.step(end, &segment_name(*seq)) {
+            return (chain, Some(e));
+        }
+        if end.trailer.kind != Kind::Barrier {
+            chain.push(*seq);
+        }
+    }
+    (chain, None)
 }
 
 /// True when every segment behind `seq` says that `seq` was not yet known to be in the store: they were uploaded at
@@ -399,66 +451,6 @@ async fn list_once(store: &dyn Store, from: Seq) -> Result<Vec<Seq>> {
     }
 }
 
-/// Every commit that the store holds, in order.
-#[cfg(test)]
-pub(super) async fn list_commits(ctx: &VolumeContext, store: &dyn Store) -> Result<Vec<CommitInfo>> {
-    let mut commits = list_newest(ctx, store, Seq(0), None, usize::MAX).await?;
-    commits.reverse();
-    Ok(commits)
-}
-
-/// The newest commits in the store, the newest first: at most `limit`, and none from before `since`. Segments before
-/// number `from` are not looked at. Each segment that is read costs a request, or two where it is large; the others
-/// only their place in a list.
-pub async fn list_newest(
-    ctx: &VolumeContext,
-    store: &dyn Store,
-    from: Seq,
-    since: Option<Timestamp>,
-    limit: usize,
-) -> Result<Vec<CommitInfo>> {
-    let found = list_store(store, from).await?;
-    let Some(first) = found.first() else { return Ok(Vec::new()) };
-    let start = ChainStart { replay_seq: *first, prev: None };
-    let found = found.into_iter().map(|seq| (seq, Place::Store(store))).collect();
-    let members = members(ctx, found, &start).await?;
-    if let Some(damage) = &members.damage {
-        ::log::warn!("the list of versions ends early: {damage}");
-    }
-    let mut commits = Vec::new();
-    let mut behind: Option<(Option<Head>, Seq)> = None;
-    for sources in members.sources.rchunks(LISTED_AT_ONCE) {
-        let ends: Vec<(End, Index)> =
-            windowed(sources, |source| source.indexed(ctx).boxed()).try_collect().await?;
-        let Some((oldest, _)) = ends.first() else { break };
-        let (prev, epoch) = (oldest.trailer.prev, oldest.trailer.header.epoch);
-        let mut walk = Walk { head: prev, epoch, last_commit: CommitNo(0) };
-        for (end, _) in &ends {
-            walk.step(end, &segment_name(end.trailer.seq()))?;
-        }
-        if let Some((prev, seq)) = behind
-            && prev != walk.head
-        {
-            return Err(Error::corrupt(segment_name(seq), "does not continue the segment before it"));
-        }
-        behind = Some((prev, oldest.trailer.seq()));
-        let mut passed = false;
-        for (end, index) in ends.iter().rev() {
-            for commit in index.commits.iter().rev() {
-                passed |= since.is_some_and(|since| commit.time < since) || commits.len() >= limit;
-                if !passed {
-                    let (no, time, head) = (commit.no, commit.time, end.head);
-                    commits.push(CommitInfo { no, time, seq: head.seq, head });
-                }
-            }
-        }
-        if passed || commits.len() >= limit {
-            break;
-        }
-    }
-    Ok(commits)
-}
-
 /// The trailer at the end of a whole local file and what it says, if there is one and it holds.
 pub(super) fn trailer_of(ctx: &VolumeContext, seq: Seq, bytes: &[u8]) -> Option<(Trailer, Head)> {
     let object = segment_name(seq);
@@ -473,28 +465,46 @@ pub async fn stored_head(ctx: &VolumeContext, store: &dyn Store, seq: Seq) -> Re
     Ok(Source { seq, place: Place::Store(store) }.trailer(ctx).await?.head)
 }
 
-/// The newest segment in the store and the last commit at its end.
-#[derive(Clone, Copy, Debug)]
-pub struct Newest {
-    /// Its number and hash.
-    pub head: Head,
-    /// The newest commit in the segments looked at, with its time.
-    pub commit: Option<(CommitNo, Timestamp)>,
+/// Follows the chain in the store behind `walk` to its end, by the trailers alone.
+pub(crate) async fn go_on(ctx: &VolumeContext, store: &dyn Store, walk: &mut Walk) -> Result<()> {
+    let found = list_store(store, walk.place).await?;
+    let sources: Vec<_> = found.into_iter().map(|seq| Source { seq, place: Place::Store(store) }).collect();
+    let load = |source| Source::bare(source, ctx);
+    let damage = follow(ctx, &sources, walk, load, &mut |_, _, _, ()| Ok(true)).await?;
+    damage.map_or(Ok(()), Err)
 }
 
-/// The newest segment from number `from` on, and the last commit in it or before it, not behind `from`.
-pub async fn newest(ctx: &VolumeContext, store: &dyn Store, from: Seq) -> Result<Option<Newest>> {
-    let found = list_store(store, from).await?;
-    let mut newest: Option<Newest> = None;
-    for seq in found.into_iter().rev() {
-        let End { trailer, head, .. } = Source { seq, place: Place::Store(store) }.trailer(ctx).await?;
-        let newest = newest.get_or_insert(Newest { head, commit: None });
-        if trailer.commit_count > 0 {
-            newest.commit = Some((trailer.last_commit, trailer.last_time));
-            break;
+/// The end of the chain in the store that begins at `start`.
+pub(crate) async fn end_in_store(ctx: &VolumeContext, store: &dyn Store, start: &ChainStart) -> Result<Walk> {
+    let mut walk = Walk::begin(start);
+    if let Some(prev) = start.prev {
+        let end = Source { seq: prev.seq, place: Place::Store(store) }.trailer(ctx).await?;
+        if end.head != prev {
+            return Err(Error::corrupt(
+                segment_name(prev.seq),
+                "is another segment than the one the checkpoint names",
+            ));
         }
+        walk.epoch = end.trailer.header.epoch;
+        walk.last_commit = end.trailer.last_commit;
     }
-    Ok(newest)
+    go_on(ctx, store, &mut walk).await?;
+    Ok(walk)
+}
+
+/// Takes the one segment in the store that `walk` waits for, without asking for a list. What lies there, or nothing.
+pub(crate) async fn take_next(
+    ctx: &VolumeContext,
+    store: &dyn Store,
+    walk: &mut Walk,
+) -> Result<Option<(Trailer, Head)>> {
+    let source = Source { seq: walk.place, place: Place::Store(store) };
+    let end = match source.trailer(ctx).await {
+        Err(Error::Store(crate::store::StoreError::NotFound { .. })) => return Ok(None),
+        found => found?,
+    };
+    walk.step(&end, &source.object())?;
+    Ok(Some((end.trailer, end.head)))
 }
 
 #[cfg(test)]

@@ -2,7 +2,9 @@
 //! crash left open. No I/O.
 //! Invariant: what is handed out has been read back and says what was meant.
 
-use super::segment::{Header, Index, SegmentCipher, Trailer, UncheckedTrailer, VolumeContext, segment_name};
+use super::segment::{
+    Header, Index, Kind, SegmentCipher, Trailer, UncheckedTrailer, VolumeContext, segment_name,
+};
 use super::{Error, Result};
 use crate::crypto::Hasher;
 use crate::types::{CommitNo, FrameKind, Head, Seq};
@@ -10,6 +12,7 @@ use crate::types::{CommitNo, FrameKind, Head, Seq};
 /// What a closed segment says beside its own frames.
 pub(super) struct Ending<'a> {
     pub ctx: &'a VolumeContext,
+    pub kind: Kind,
     pub prev: Option<Head>,
     pub last_commit: CommitNo,
     pub stored: Seq,
@@ -43,6 +46,7 @@ impl Ending<'_> {
         hasher.update(&bytes);
         let (first, last) = (index.commits.first(), index.commits.last());
         let trailer = Trailer {
+            kind: self.kind,
             header,
             prev: self.prev,
             body_hash: hasher.finish(),

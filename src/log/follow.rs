@@ -1,8 +1,9 @@
 //! Following a chain that grows: what comes behind its known end in the store, verified as recovery does.
 //! Invariant: the end moves by whole segments that continue it; what does not continue it moves nothing and is told.
 
-use super::chain::{ChainStart, Commit, End, Place, Source, Walk, list_store, members, next_place, windowed};
+use super::chain::{Commit, End, Place, Source, Walk, follow, list_store, windowed};
 use super::recovery::Recovered;
+use super::segment::Kind;
 use super::segment::{VolumeContext, segment_name};
 use super::{Error, Result};
 use crate::store::{Store, StoreError};
@@ -37,7 +38,6 @@ pub struct Followed {
 /// The known end of a chain.
 pub struct Tail {
     walk: Walk,
-    next: Seq,
     /// Segments to ask for at a time: more while they are there.
     window: usize,
     heads: BTreeMap<Seq, Hash>,
@@ -46,9 +46,9 @@ pub struct Tail {
 impl Tail {
     /// The end that recovery found.
     pub fn new(recovered: &Recovered) -> Tail {
-        let walk = Walk { head: recovered.head, epoch: recovered.epoch, last_commit: recovered.last_commit };
+        let walk = Walk::at(recovered);
         let heads = recovered.head.iter().map(|head| (head.seq, head.hash)).collect();
-        Tail { walk, next: recovered.next_seq, window: 1, heads }
+        Tail { walk, window: 1, heads }
     }
 
     /// The newest segment of the chain that is known.
@@ -70,7 +70,7 @@ impl Tail {
     /// there comes with the asking. With the segments before it an error comes next time.
     pub async fn next(&mut self, ctx: &VolumeContext, store: &dyn Store) -> Result<Vec<Followed>> {
         let places = (0..self.window as u64).map(|n| Source {
-            seq: Seq(self.next.0 + n), // beyond a gap nothing is taken, so that a guess does no harm
+            seq: Seq(self.walk.place.0 + n), // beyond a gap nothing is taken, so that a guess does no harm
             place: Place::Store(store),
         });
         let sources: Vec<Source<'_>> = places.collect();
@@ -78,12 +78,12 @@ impl Tail {
         let mut found = Vec::new();
         while let Some(answer) = answers.next().await {
             match answer {
-                Ok((end, commits)) if end.trailer.seq() == self.next => match self.take(&end, commits) {
-                    Ok(followed) => found.push(followed),
+                Ok((end, commits)) if end.head.seq == self.walk.place => match self.take(&end, commits) {
+                    Ok(followed) => found.extend(followed),
                     Err(_) if !found.is_empty() => break,
                     Err(e) => return Err(e),
                 },
-                Ok(_) => break, // the numbers jumped: it is asked for at its own place next time
+                Ok(_) => break, // the place jumped: it is asked for at its own next time
                 Err(Error::Store(StoreError::NotFound { .. })) => break,
                 Err(_) if !found.is_empty() => break,
                 Err(e) => return Err(e),
@@ -96,7 +96,8 @@ impl Tail {
         Ok(found)
     }
 
-    fn take(&mut self, end: &End, commits: Vec<Commit>) -> Result<Followed> {
+    /// Nothing, where a barrier lies in the place.
+    fn take(&mut self, end: &End, commits: Vec<Commit>) -> Result<Option<Followed>> {
         let object = segment_name(end.trailer.seq());
         let mut walk = self.walk;
         walk.step(end, &object)?;
@@ -108,7 +109,9 @@ impl Tail {
             last = commit.no;
         }
         self.walk = walk;
-        self.next = next_place(&end.trailer);
+        if end.trailer.kind == Kind::Barrier {
+            return Ok(None);
+        }
         self.heads.insert(end.head.seq, end.head.hash);
         if self.heads.len() > HEADS_MAX {
             self.heads.pop_first();
@@ -117,7 +120,7 @@ impl Tail {
             .into_iter()
             .map(|Commit { no, time, bodies }| FollowedCommit { no, time, bodies })
             .collect();
-        Ok(Followed { head: end.head, commits })
+        Ok(Some(Followed { head: end.head, commits }))
     }
 
     /// Looks for what asking for the next place cannot find: a store that was rolled back or forked behind our back, and
@@ -134,18 +137,15 @@ impl Tail {
                 return Err(forked(head, there));
             }
         }
-        let behind: Vec<Seq> = listed.into_iter().filter(|seq| *seq >= self.next).collect();
-        if behind.first().is_none_or(|first| *first == self.next) {
-            return Ok(behind.len());
+        let behind = listed.into_iter().filter(|seq| *seq >= self.walk.place);
+        let sources: Vec<_> = behind.map(|seq| Source { seq, place: Place::Store(store) }).collect();
+        if sources.first().is_none_or(|first| first.seq == self.walk.place) {
+            return Ok(sources.len());
         }
-        let count = behind.len();
-        let start = ChainStart { replay_seq: self.next, prev: self.walk.head };
-        let found = behind.into_iter().map(|seq| (seq, Place::Store(store))).collect();
-        let members = members(ctx, found, &start).await?;
-        if let Some(first) = members.sources.first() {
-            self.next = first.seq;
-        }
-        members.damage.map_or(Ok(count), Err)
+        let mut walk = self.walk;
+        let mut take = |_: &mut Walk, _, _: &End, ()| Ok(true);
+        let damage = follow(ctx, &sources, &mut walk, |source| source.bare(ctx), &mut take).await?;
+        damage.map_or(Ok(0), Err)
     }
 }
 

@@ -5,11 +5,13 @@
 mod ahead;
 pub mod audit;
 pub mod chain;
+pub mod claim;
 mod closing;
 pub mod follow;
 mod frame;
 mod gather;
 mod index;
+pub mod listing;
 pub mod reader;
 pub mod recovery;
 pub mod segment;

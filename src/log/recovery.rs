@@ -4,10 +4,8 @@
 //! changes anything on disk, only the newest local segment, and only after it is certain that this host holds the
 //! end of the chain.
 
-use super::chain::{
-    ChainStart, Commit, Members, Place, Source, Walk, list_store, members, trailer_of, windowed,
-};
-use super::segment::{VolumeContext, segment_name};
+use super::chain::{ChainStart, Commit, End, Place, Source, Walk, follow, list_store, trailer_of, windowed};
+use super::segment::{Kind, VolumeContext, segment_name};
 use super::statedir::StateDir;
 use super::torn::{Torn, scan};
 use super::{ClosedSegment, Error, Result};
@@ -65,6 +63,8 @@ pub struct Recovered {
 /// What lies in the spool: closed segments, and perhaps a newest one that a crash left without a trailer.
 struct Spool {
     closed: Vec<ClosedSegment>,
+    /// The newest epoch of those.
+    epoch: Epoch,
     /// The contents of the newest one, if it is closed.
     newest: Vec<u8>,
     torn: Option<(Seq, Vec<u8>)>,
@@ -122,9 +122,9 @@ pub async fn recover(
     for segment in spool.closed.iter().filter(|segment| segment.head.seq >= start.replay_seq) {
         found.insert(segment.head.seq, Place::File(segment.file.clone()));
     }
-    let members = members(ctx, found, &start).await?;
-    let mut replay = Replay::begin(ctx, dir, store, &start, members.sources.is_empty()).await?;
-    replay.closed(ctx, members, apply).await?;
+    let sources: Vec<Source<'_>> = found.into_iter().map(|(seq, place)| Source { seq, place }).collect();
+    let mut replay = Replay::begin(ctx, dir, store, &start, &sources).await?;
+    replay.closed(ctx, &sources, apply).await?;
     if let Some(newest) = spool.closed.last()
         && role == Role::Writer
         && spool.torn.is_none()
@@ -139,6 +139,7 @@ pub async fn recover(
                 scanned.close(ctx, dir, env, seq, bytes, replay.walk.head, replay.walk.last_commit)?;
             if let Some(closed) = closed {
                 replay.walk.head = Some(closed.head);
+                replay.walk.place = Seq(seq.0 + 1);
                 spool.closed.push(closed);
             }
         }
@@ -148,7 +149,7 @@ pub async fn recover(
     }
     Ok(Recovered {
         head: replay.walk.head,
-        next_seq: replay.walk.head.map_or(start.replay_seq, |head| Seq(head.seq.0 + 1)),
+        next_seq: replay.walk.place,
         epoch: replay.walk.epoch,
         last_commit: replay.walk.last_commit,
         local: spool.closed,
@@ -171,7 +172,7 @@ pub(super) fn settle(dir: &StateDir, file: &FileRef, bytes: &[u8]) -> Result<()>
 }
 
 async fn read_spool(ctx: &VolumeContext, dir: &StateDir) -> Result<Spool> {
-    let mut spool = Spool { closed: Vec::new(), newest: Vec::new(), torn: None };
+    let mut spool = Spool { closed: Vec::new(), epoch: Epoch(1), newest: Vec::new(), torn: None };
     let mut found = dir.log_segments()?;
     if let Some((seq, len)) = found.pop() {
         let file = dir.file(dir.log_path(seq));
@@ -181,6 +182,7 @@ async fn read_spool(ctx: &VolumeContext, dir: &StateDir) -> Result<Spool> {
             // Only here the body is looked at: the others were durable before their successors were begun.
             Some((trailer, head)) if super::torn::body_holds(&trailer, &bytes) => {
                 let (last_commit, stored) = (trailer.last_commit, trailer.stored);
+                spool.epoch = trailer.header.epoch;
                 spool.closed.push(ClosedSegment { file, len, head, last_commit, stored, closed_at: None });
                 spool.newest = bytes;
             }
@@ -192,6 +194,7 @@ async fn read_spool(ctx: &VolumeContext, dir: &StateDir) -> Result<Spool> {
         let file = dir.file(dir.log_path(seq));
         let end = Source { seq, place: Place::File(file.clone()) }.trailer(ctx).await?;
         let (last_commit, stored) = (end.trailer.last_commit, end.trailer.stored);
+        spool.epoch = spool.epoch.max(end.trailer.header.epoch);
         older.push(ClosedSegment { file, len, head: end.head, last_commit, stored, closed_at: None });
     }
     older.append(&mut spool.closed);
@@ -221,6 +224,47 @@ async fn list(
     }
 }
 
+/// Behind a claim in the store lie at most so many of the old writer's segments, and a few barriers.
+const STRAYS_MAX: usize = 72;
+
+/// The newest segment in the store that is not this host's, though it is the newest in `listed` that counts; what this
+/// host has of the chain is compared where it is not known to have been stored.
+async fn not_ours(
+    ctx: &VolumeContext,
+    store: &dyn Store,
+    spool: &Spool,
+    listed: &[Seq],
+    start: &ChainStart,
+) -> Result<Option<Head>> {
+    let ours = |seq: Seq| spool.head_of(seq).or(start.prev.filter(|prev| prev.seq == seq));
+    let source = |seq: &Seq| Source { seq: *seq, place: Place::Store(store) };
+    let stored = spool.closed.iter().map(|segment| segment.stored).max().unwrap_or_default();
+    let common: Vec<Seq> = listed.iter().copied().filter(|seq| ours(*seq).is_some()).collect();
+    let newest = common.last().copied();
+    let recent = common.iter().rev().take(STRAYS_MAX).filter(|seq| **seq > stored || Some(**seq) == newest);
+    let mut recent: Vec<Source<'_>> = recent.map(source).collect();
+    recent.reverse();
+    let mut epoch = spool.epoch;
+    let ends: Vec<End> = windowed(&recent, |source| source.trailer(ctx).boxed()).try_collect().await?;
+    for end in ends {
+        if ours(end.head.seq) != Some(end.head) {
+            return Ok(Some(end.head));
+        }
+        epoch = epoch.max(end.trailer.header.epoch);
+    }
+    // Torn here and whole there: a writer who has lost bytes that he had sent, or another one's.
+    let from = newest.map_or(start.replay_seq, |newest| Seq(newest.0 + 1));
+    let behind: Vec<_> =
+        listed.iter().rev().take_while(|seq| **seq >= from).take(STRAYS_MAX).map(source).collect();
+    let ends: Vec<End> = windowed(&behind, |source| source.trailer(ctx).boxed()).try_collect().await?;
+    let beside = |end: &&End| match end.trailer.kind {
+        Kind::Barrier => end.trailer.header.epoch <= epoch,
+        _ => end.trailer.header.epoch < epoch,
+    };
+    let torn = spool.torn.as_ref().map(|(seq, _)| *seq);
+    Ok(ends.iter().find(|end| !beside(end) || Some(end.head.seq) == torn).map(|end| end.head))
+}
+
 /// A writer continues only a chain whose end is in its own state directory. Anything else is a takeover.
 async fn refuse_takeover(
     ctx: &VolumeContext,
@@ -232,18 +276,13 @@ async fn refuse_takeover(
 ) -> Result<()> {
     let here = spool.newest().or(start.prev.map(|prev| prev.seq)).unwrap_or_default();
     let ours = |seq: Seq| spool.head_of(seq).or(start.prev.filter(|prev| prev.seq == seq));
-    let theirs = match listed.and_then(|seqs| seqs.last().copied()) {
-        Some(seq) => Some(Source { seq, place: Place::Store(store) }.trailer(ctx).await?.head),
+    let fresh = spool.newest().is_none() && dir.checkpoints()?.is_empty();
+    let theirs = match listed {
+        Some(listed) => not_ours(ctx, store, spool, listed, start).await?,
         None => None,
     };
-    let fresh = spool.newest().is_none() && dir.checkpoints()?.is_empty();
-    let taken_over = match theirs {
-        // What lies behind the checkpoint may have left the spool; that it was ours, the checkpoint says.
-        Some(theirs) if ours(theirs.seq).is_none() => fresh || theirs.seq >= start.replay_seq,
-        Some(theirs) => fresh || ours(theirs.seq) != Some(theirs),
-        None => fresh && start.prev.is_some(),
-    };
-    if !taken_over {
+    let theirs = theirs.or(start.prev.filter(|_| fresh));
+    if theirs.is_none() {
         return Ok(());
     }
     let name = |head: Option<Head>| match head {
@@ -257,7 +296,7 @@ async fn refuse_takeover(
     Err(Error::Refused(format!(
         "this state directory does not hold the end of the volume's log: it ends at {local}, the store at {}. \
          To write from here all the same is a takeover: promote",
-        name(theirs.or(start.prev)),
+        name(theirs),
     )))
 }
 
@@ -274,10 +313,11 @@ impl Replay {
         dir: &StateDir,
         store: Option<&dyn Store>,
         start: &ChainStart,
-        nothing_follows: bool,
+        sources: &[Source<'_>],
     ) -> Result<Replay> {
-        let mut walk = Walk { head: start.prev, epoch: Epoch(1), last_commit: CommitNo(0) };
+        let mut walk = Walk::begin(start);
         // The end of the segment before tells epoch and commit; needed only if no later segment does.
+        let nothing_follows = sources.first().is_none_or(|first| first.seq > start.replay_seq);
         if let Some(prev) = start.prev.filter(|_| nothing_follows) {
             let end = end_of(ctx, dir, store, prev).await?;
             walk.epoch = end.0;
@@ -286,22 +326,20 @@ impl Replay {
         Ok(Replay { walk, segments_read: 0, stopped: false })
     }
 
-    async fn closed(&mut self, ctx: &VolumeContext, members: Members<'_>, apply: Apply<'_>) -> Result<()> {
-        let mut loaded = windowed(&members.sources, |source| source.commits(ctx).boxed());
-        while let Some((end, commits)) = loaded.try_next().await? {
-            let before = self.walk;
-            let object = segment_name(end.trailer.seq());
-            self.walk.step(&end, &object)?;
-            self.segments_read += 1;
-            let last_commit = self.walk.last_commit;
-            self.walk.last_commit = before.last_commit;
-            self.apply(end.trailer.seq(), &object, &commits, apply)?;
-            if self.stopped {
-                return Ok(());
+    async fn closed(&mut self, ctx: &VolumeContext, sources: &[Source<'_>], apply: Apply<'_>) -> Result<()> {
+        let Replay { walk, segments_read, stopped } = self;
+        let mut take = |walk: &mut Walk, before: CommitNo, end: &End, commits: Vec<Commit>| {
+            *segments_read += 1;
+            let (seq, last_commit) = (end.trailer.seq(), walk.last_commit);
+            walk.last_commit = before;
+            *stopped = apply_all(walk, seq, &commits, apply)?;
+            if !*stopped {
+                walk.last_commit = last_commit;
             }
-            self.walk.last_commit = last_commit;
-        }
-        members.damage.map_or(Ok(()), Err)
+            Ok(!*stopped)
+        };
+        let damage = follow(ctx, sources, walk, |source| source.commits(ctx).boxed(), &mut take).await?;
+        damage.map_or(Ok(()), Err)
     }
 
     fn torn(&mut self, seq: Seq, torn: &Torn, apply: Apply<'_>) -> Result<()> {
@@ -311,29 +349,27 @@ impl Replay {
         }
         self.segments_read += 1;
         self.walk.epoch = epoch;
-        self.apply(seq, &segment_name(seq), &torn.commits, apply)
-    }
-
-    fn apply(&mut self, seq: Seq, object: &str, commits: &[Commit], apply: Apply<'_>) -> Result<()> {
-        for commit in commits {
-            if commit.no <= self.walk.last_commit {
-                return Err(Error::corrupt(object, format!("commit {} comes twice", commit.no.0)));
-            }
-            match apply(commit.no, commit.time, seq, &commit.bodies)? {
-                Step::Continue => self.walk.last_commit = commit.no,
-                Step::Last => {
-                    self.walk.last_commit = commit.no;
-                    self.stopped = true;
-                    return Ok(());
-                }
-                Step::Stop => {
-                    self.stopped = true;
-                    return Ok(());
-                }
-            }
-        }
+        self.stopped = apply_all(&mut self.walk, seq, &torn.commits, apply)?;
         Ok(())
     }
+}
+
+/// Hands the commits of segment `seq` on. True when the version that was asked for has ended.
+fn apply_all(walk: &mut Walk, seq: Seq, commits: &[Commit], apply: Apply<'_>) -> Result<bool> {
+    for commit in commits {
+        if commit.no <= walk.last_commit {
+            return Err(Error::corrupt(segment_name(seq), format!("commit {} comes twice", commit.no.0)));
+        }
+        match apply(commit.no, commit.time, seq, &commit.bodies)? {
+            Step::Continue => walk.last_commit = commit.no,
+            Step::Last => {
+                walk.last_commit = commit.no;
+                return Ok(true);
+            }
+            Step::Stop => return Ok(true),
+        }
+    }
+    Ok(false)
 }
 
 /// Epoch and newest commit as of the closed segment `head`, from wherever it can be had.

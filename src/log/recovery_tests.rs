@@ -1,7 +1,7 @@
 //! Tests of recovery: from spool, store or both, torn at every byte, and refusals.
 
 use super::super::Append;
-use super::super::chain::list_commits;
+use super::super::listing::list_commits;
 use super::super::segment::{HEADER_LEN, TRAILER_LEN, UncheckedHeader};
 use super::super::testing::{MemoryStore, env, noise, volume};
 use super::super::writer::LogWriter;
@@ -151,7 +151,7 @@ fn home_and_abroad_recover_the_same_commits() {
     let (both, at_home_online) = home.recover(Some(&*store), start, Role::Writer).unwrap();
     store.gets.store(0, Relaxed);
     let (remote, abroad) = host().recover(Some(&*store), start, Role::Reader).unwrap();
-    assert_eq!(store.gets.load(Relaxed), 3 + 2, "one suffix each, and the two ends of the chain");
+    assert_eq!(store.gets.load(Relaxed), 3, "one suffix each");
     assert_eq!(at_home, expected(1..=9));
     assert_eq!((&at_home_online, &abroad), (&at_home, &at_home));
     assert_eq!((local.head, local.next_seq), (remote.head, Seq(4)));
@@ -470,35 +470,6 @@ fn a_missing_segment_is_damage_unless_its_upload_was_cut_off() {
 }
 
 #[test]
-fn what_an_overtaken_writer_left_in_the_store_is_not_part_of_the_chain() {
-    let home = home();
-    let store = store_of(&home);
-    // Abroad, from segment 2 on, with numbers far ahead; then home's segment 3 arrives after all.
-    let abroad = host();
-    let seen = home.recover(None, ChainStart::default(), Role::Writer).unwrap().0;
-    let at = Recovered {
-        head: Some(seen.local[1].head),
-        next_seq: Seq(1000),
-        epoch: Epoch(2),
-        last_commit: CommitNo(6),
-        ..fresh()
-    };
-    let mut writer = abroad.writer(8, &at);
-    for no in 7..=8 {
-        writer.append_commit(CommitNo(no), time(no), &[vec![no as u8]]).unwrap();
-        writer.close().unwrap();
-    }
-    abroad.upload(&store);
-    let (recovered, commits) = host().recover(Some(&*store), ChainStart::default(), Role::Reader).unwrap();
-    let mut wanted = expected(1..=6);
-    wanted.extend((7..=8u8).map(|no| (no.into(), vec![vec![no]])));
-    assert_eq!(commits, wanted);
-    assert_eq!((recovered.epoch, recovered.next_seq), (Epoch(2), Seq(1002)));
-    assert_eq!(block_on(list_commits(&volume(), &*store)).unwrap().len(), 8);
-    refused(home.recover(Some(&*store), ChainStart::default(), Role::Writer), &["promote"]);
-}
-
-#[test]
 fn a_fork_and_a_foreign_segment_are_refused() {
     let home = home();
     let other = host();
@@ -539,3 +510,6 @@ fn no_bytes_make_a_parser_panic() {
         let _ = scan(&volume(), Seq(1), &bytes, std::path::Path::new("it")).is_ok();
     }
 }
+
+#[path = "claim_tests.rs"]
+mod claims;

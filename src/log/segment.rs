@@ -215,9 +215,42 @@ fn check_version(version: Option<u16>, object: &str) -> Result<()> {
     }
 }
 
+/// How far the number behind a claim, or behind a barrier in the way, lies. More than what an old writer can have on its
+/// way to the store, so that nothing of that ever lies in the place of a segment behind the claim.
+pub const JUMP: u64 = 1024;
+
+/// What a segment is for the chain.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(u16)]
+pub enum Kind {
+    /// One of many of an epoch.
+    #[default]
+    Ordinary = 0,
+    /// The first of an epoch: who put it is the writer from there on.
+    Claim = 1,
+    /// No part of the chain: it only keeps an old writer from going beyond its place.
+    Barrier = 2,
+}
+
+impl Kind {
+    fn from_u16(n: u16) -> Option<Kind> {
+        [Kind::Ordinary, Kind::Claim, Kind::Barrier].into_iter().find(|kind| *kind as u16 == n)
+    }
+}
+
+/// The place of the segment behind `seq`, unless a barrier lies there: then it is so far again behind that.
+pub fn place_after(seq: Seq, kind: Kind) -> Seq {
+    match kind {
+        Kind::Ordinary => Seq(seq.0 + 1),
+        Kind::Claim | Kind::Barrier => Seq(seq.0 + JUMP),
+    }
+}
+
 /// The plain, signed bytes a segment ends with.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Trailer {
+    /// What the segment is for the chain.
+    pub kind: Kind,
     /// The segment's header, repeated.
     pub header: Header,
     /// Number and trailer hash of the segment before this one; none for the first of a volume.
@@ -260,7 +293,7 @@ impl Trailer {
         let mut out = Vec::with_capacity(TRAILER_LEN);
         out.extend_from_slice(&TRAILER_MAGIC);
         out.extend_from_slice(&SEGMENT_VERSION.to_le_bytes());
-        out.extend_from_slice(&[0; 2]);
+        out.extend_from_slice(&(self.kind as u16).to_le_bytes());
         for n in [self.index_offset, self.index_len, self.frame_count, self.commit_count, self.synced] {
             out.extend_from_slice(&n.to_le_bytes());
         }
@@ -338,7 +371,7 @@ impl UncheckedTrailer {
 
     fn fields(fields: &mut Fields<'_>, object: &str) -> Result<Option<Trailer>> {
         let mut plain = || {
-            let zero = fields.u16()?;
+            let kind = Kind::from_u16(fields.u16()?)?;
             let [index_offset, index_len, frame_count, commit_count, synced] =
                 [fields.u32()?, fields.u32()?, fields.u32()?, fields.u32()?, fields.u32()?];
             let first_commit = CommitNo(fields.u64()?);
@@ -347,13 +380,14 @@ impl UncheckedTrailer {
             let last_time = fields.time()?;
             let stored = Seq(fields.u64()?);
             let prev = Head { seq: Seq(fields.u64()?), hash: Hash(fields.bytes()?) };
-            if zero != 0 || (prev.seq.0 == 0 && prev.hash != Hash::default()) {
+            if prev.seq.0 == 0 && prev.hash != Hash::default() {
                 return None;
             }
             if first_commit > last_commit || last_commit.0 > NUMBER_MAX {
                 return None;
             }
             Some(Trailer {
+                kind,
                 header: Header {
                     volume: VolumeId([0; 16]),
                     seq: Seq(0),

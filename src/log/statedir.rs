@@ -103,6 +103,20 @@ impl StateDir {
         self.disk.remove(&path).map_err(Error::io(format!("remove {}", path.display())))
     }
 
+    /// Makes the sub-directory `name` and what is missing above it.
+    pub fn make_dirs(&self, name: &str) -> Result<()> {
+        let path = self.root.join(name);
+        self.disk.create_dirs(&path).map_err(Error::io(format!("create {}", path.display())))
+    }
+
+    /// Gives the file `from` the name `to` (both relative to the directory), over one that is there. Durable when both
+    /// directories have been synced.
+    pub fn move_to(&self, from: &str, to: &str) -> Result<()> {
+        let (from, to) = (self.root.join(from), self.root.join(to));
+        let moved = self.disk.rename(&from, &to);
+        moved.map_err(Error::io(format!("move {} to {}", from.display(), to.display())))
+    }
+
     /// Makes renames and creations in the sub-directory `sub` durable (`""`: the directory itself).
     pub fn sync_dir(&self, sub: &str) -> Result<()> {
         let path = self.root.join(sub);

@@ -7,7 +7,7 @@ use super::closing::Ending;
 use super::frame::{DeltaHeader, FRAME_OVERHEAD, PREFIX_LEN, Prefix};
 use super::recovery::settle;
 use super::segment::{
-    HEADER_LEN, Header, Index, IndexedCommit, SegmentCipher, TRAILER_LEN, Trailer, UncheckedHeader,
+    HEADER_LEN, Header, Index, IndexedCommit, Kind, SegmentCipher, TRAILER_LEN, Trailer, UncheckedHeader,
     VolumeContext,
 };
 use super::statedir::StateDir;
@@ -79,7 +79,7 @@ impl Torn {
         let mut hasher = Hasher::default();
         hasher.update(bytes.get(..self.end).unwrap_or_default());
         let end = self.end as u64;
-        let ending = Ending { ctx, prev, last_commit, stored: Seq(0) };
+        let ending = Ending { ctx, kind: Kind::Ordinary, prev, last_commit, stored: Seq(0) };
         let closing = ending.bytes(header, &self.index, hasher, end, 0, env.random_bytes())?;
         let mut whole = bytes;
         whole.truncate(self.end);

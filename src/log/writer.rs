@@ -9,7 +9,7 @@
 use super::closing::Ending;
 use super::frame::{FRAME_OVERHEAD, FRAME_PLAIN_MAX};
 use super::segment::{
-    DeltaHeader, HEADER_LEN, Header, Index, IndexedCommit, SEGMENT_LEN_MAX, SegmentCipher, TRAILER_LEN,
+    DeltaHeader, HEADER_LEN, Header, Index, IndexedCommit, Kind, SEGMENT_LEN_MAX, SegmentCipher, TRAILER_LEN,
     VolumeContext, segment_name,
 };
 use super::statedir::StateDir;
@@ -210,8 +210,13 @@ impl LogWriter {
     pub fn close(&mut self) -> Result<Option<ClosedSegment>> {
         self.flush()?;
         let Some(open) = &self.open else { return Ok(None) };
-        let end =
-            Ending { ctx: &self.ctx, prev: self.prev, last_commit: self.last_commit, stored: self.stored };
+        let end = Ending {
+            ctx: &self.ctx,
+            kind: Kind::Ordinary,
+            prev: self.prev,
+            last_commit: self.last_commit,
+            stored: self.stored,
+        };
         let closing = end.bytes(
             *open.cipher.header(),
             &open.index,

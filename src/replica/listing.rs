@@ -4,12 +4,14 @@
 use super::opening::context;
 use super::opening::list_checkpoints;
 use crate::crypto::keyfile::KeyFile;
+use crate::log::chain::ChainStart;
+use crate::log::listing::list_newest;
 use crate::log::segment::VolumeContext;
 use crate::log::{CommitInfo, Error, Result, chain};
 use crate::ops::init::load_superblock;
 use crate::store::Store;
 use crate::tree::checkpoint;
-use crate::types::{CommitNo, Head, Seq, Timestamp, VolumeId};
+use crate::types::{CommitNo, Head, Timestamp, VolumeId};
 use std::collections::HashSet;
 
 /// A volume as its store shows it.
@@ -41,9 +43,9 @@ pub async fn versions(
     let marked: HashSet<CommitNo> = names.iter().filter_map(|name| checkpoint::commit_of(name)).collect();
     let from = match since {
         Some(since) => checkpoint_before(&ctx, store, &names, since).await?,
-        None => Seq(0),
+        None => ChainStart::default(),
     };
-    let commits = chain::list_newest(&ctx, store, from, since, limit).await?;
+    let commits = list_newest(&ctx, store, from, since, limit).await?;
     Ok(commits.into_iter().map(|commit| (commit, marked.contains(&commit.no))).collect())
 }
 
@@ -54,14 +56,14 @@ async fn checkpoint_before(
     store: &dyn Store,
     names: &[String],
     since: Timestamp,
-) -> Result<Seq> {
-    let (mut low, mut high, mut best) = (0, names.len(), Seq(0));
+) -> Result<ChainStart> {
+    let (mut low, mut high, mut best) = (0, names.len(), ChainStart::default());
     while let Some(name) = names.get(usize::midpoint(low, high)).filter(|_| low < high) {
         let middle = usize::midpoint(low, high);
         let (bytes, _) = store.get_suffix(name, 64 << 10).await.map_err(Error::Store)?;
         match checkpoint::open(&bytes, name, ctx.id, &ctx.key, &ctx.writer_public) {
             Ok(root) if root.time < since => {
-                best = root.replay_seq;
+                best = ChainStart { replay_seq: root.replay_seq, prev: root.replay_prev };
                 high = middle;
             }
             Ok(_) => low = middle + 1,
@@ -83,19 +85,20 @@ pub async fn summary(store: &dyn Store, key: &KeyFile) -> Result<Summary> {
         Some(name) => {
             let (bytes, _) = store.get_suffix(name, 64 << 10).await.map_err(Error::Store)?;
             let root = checkpoint::open(&bytes, name, ctx.id, &ctx.key, &ctx.writer_public)?;
-            Some((root.commit, root.time, root.replay_seq))
+            let start = ChainStart { replay_seq: root.replay_seq, prev: root.replay_prev };
+            Some((root.commit, root.time, start))
         }
         None => None,
     };
-    let from = newest_checkpoint.map_or(Seq(1), |(_, _, seq)| seq);
-    let newest = chain::newest(&ctx, store, from).await?;
-    let behind = newest.and_then(|newest| newest.commit);
-    let at_checkpoint = newest_checkpoint.map(|(no, time, _)| (no, time));
+    let start = newest_checkpoint.map_or_else(ChainStart::default, |(_, _, start)| start);
+    let end = chain::end_in_store(&ctx, store, &start).await?;
+    let behind = end.last_time.map(|time| (end.last_commit, time));
+    let newest_checkpoint = newest_checkpoint.map(|(no, time, _)| (no, time));
     Ok(Summary {
         name: superblock.name,
         id: superblock.volume,
-        newest_segment: newest.map(|newest| newest.head),
-        last_commit: behind.or(at_checkpoint),
-        newest_checkpoint: at_checkpoint,
+        newest_segment: end.head,
+        last_commit: behind.or(newest_checkpoint),
+        newest_checkpoint,
     })
 }

@@ -2,6 +2,7 @@
 //! Invariant: the remote log is a prefix of the local one, and nobody is told that a commit is durable before it is.
 
 pub mod audit;
+pub mod divergent;
 pub mod durable;
 mod figures;
 pub mod follow;
@@ -11,6 +12,7 @@ mod opening;
 mod orphans;
 mod past;
 mod predecessor;
+pub mod promote;
 mod proof;
 mod space;
 mod trust;

@@ -7,7 +7,7 @@ use super::volume::OpenOptions;
 use crate::clock::Env;
 use crate::crypto::keyfile::KeyFile;
 use crate::fs::Recovery;
-use crate::log::chain::ChainStart;
+use crate::log::chain::{self, ChainStart};
 use crate::log::reader::FrameReader;
 use crate::log::recovery::{self, Recovered, Role, Step};
 use crate::log::segment::{VolumeContext, segment_name};
@@ -27,6 +27,8 @@ use std::time::Duration;
 const REACH_TIMEOUT: Duration = Duration::from_secs(10);
 /// No checkpoint object is larger, in bytes.
 const CHECKPOINT_MAX: u64 = 64 << 10;
+/// Segments on their way to the store at a time, at most.
+const IN_FLIGHT_MAX: usize = 64;
 /// Checkpoint names asked for at once.
 const LIST_PAGE: usize = 1000;
 
@@ -257,6 +259,21 @@ async fn newest_checkpoint(
     Ok(None)
 }
 
+/// The newest checkpoint in the store, whatever this host holds.
+pub(super) async fn stored_checkpoint(ctx: &VolumeContext, store: &dyn Store) -> Result<Option<Root>> {
+    for name in list_checkpoints(store).await? {
+        let (bytes, _) = match store.get_suffix(&name, CHECKPOINT_MAX).await {
+            Err(StoreError::NotFound { .. }) => continue,
+            found => found?,
+        };
+        match checkpoint::open(&bytes, &name, ctx.id, &ctx.key, &ctx.writer_public) {
+            Ok(root) => return Ok(Some(root)),
+            Err(e) => ::log::error!("{e}; passing it over for an older checkpoint"),
+        }
+    }
+    Ok(None)
+}
+
 /// The newest checkpoint made at `at` or before; few requests among many checkpoints (they are in order of time).
 async fn checkpoint_before(
     ctx: &VolumeContext,
@@ -365,6 +382,7 @@ pub(super) async fn check_next_ino(opened: &Opened, reader: &FrameReader) -> Res
 /// Which of the local segments the store has, up to the first that it has not. When it does not answer, none: they are offered again, and the
 /// uploader finds out that they are the same.
 pub(super) async fn split_sent(
+    ctx: &VolumeContext,
     store: Option<&dyn Store>,
     opened: &Opened,
 ) -> (Vec<ClosedSegment>, Vec<ClosedSegment>) {
@@ -378,11 +396,21 @@ pub(super) async fn split_sent(
         there.extend(page.into_iter().map(|object| (object.name, object.size)));
     }
     // Uploads run side by side: what lies behind a gap is offered again, and found to be there already.
-    let mut gap = false;
-    local.into_iter().partition(|segment| {
-        gap |= !there.contains(&(segment_name(segment.head.seq), segment.len));
-        !gap
-    })
+    let missing = |segment: &&ClosedSegment| !there.contains(&(segment_name(segment.head.seq), segment.len));
+    let mut sent = local.iter().take_while(|segment| !missing(segment)).count();
+    // Another writer's can be as long. What is newer than what is known to be stored is looked at; and not more than can
+    // have been on its way.
+    let known = local.iter().map(|segment| segment.stored).max().unwrap_or_default();
+    for (at, segment) in local.iter().enumerate().take(sent).rev().take(IN_FLIGHT_MAX) {
+        // One that cannot be read now is offered again, too.
+        if segment.head.seq > known
+            && chain::stored_head(ctx, store, segment.head.seq).await.ok() != Some(segment.head)
+        {
+            sent = at;
+        }
+    }
+    let unsent = local.get(sent..).unwrap_or_default().to_vec();
+    (local.into_iter().take(sent).collect(), unsent)
 }
 
 /// What the volume is, and where its history ends.

@@ -87,6 +87,14 @@ impl ProvenStore {
         Ok(())
     }
 
+    /// For who begins something that only put-if-absent makes safe.
+    pub async fn require(&self) -> log::Result<()> {
+        self.prove().await.map_err(|e| match e {
+            e if e.is_transient() => log::Error::Store(e),
+            e => log::Error::Refused(e.to_string()),
+        })
+    }
+
     async fn try_out(&self) -> Result<Verdict, StoreError> {
         let name = volume::NAME;
         let (there, size) = self.inner.get_suffix(name, self.superblock.len() as u64).await?;

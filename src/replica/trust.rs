@@ -99,7 +99,7 @@ pub(super) async fn check_pin(
 }
 
 /// Remembers the newest head seen.
-fn write_pin(dir: &StateDir, head: Head) -> Result<()> {
+pub(super) fn write_pin(dir: &StateDir, head: Head) -> Result<()> {
     dir.write_atomic(PIN, format!("{} {}\n", head.seq, head.hash).as_bytes())
 }
 

@@ -54,8 +54,21 @@ pub enum Upload {
 /// True while applications write faster than the local disk takes it and nobody waits for the embassy.
 pub type Busy = Box<dyn Fn() -> bool + Send + Sync>;
 
+/// Says of a whole foreign segment whose it is, if it tells.
+pub type Whose = Box<dyn Fn(Seq, &[u8]) -> Option<String> + Send + Sync>;
+
 /// Called for each segment, in order, when the embassy holds it and all before it.
 pub type OnSent = Box<dyn Fn(&ClosedSegment) + Send + Sync>;
+
+/// What the uploader asks and tells those around it.
+pub struct Hooks {
+    /// See [`OnSent`].
+    pub on_sent: OnSent,
+    /// See [`Busy`].
+    pub busy: Busy,
+    /// See [`Whose`].
+    pub whose: Whose,
+}
 
 /// See the module. Stops when it is dropped.
 pub struct Uploader {
@@ -70,6 +83,7 @@ struct Shared {
     env: Env,
     on_sent: OnSent,
     busy: Busy,
+    whose: Whose,
     /// Turns true once: at a stop or a fence.
     halt: watch::Sender<bool>,
     pending: AtomicU64,
@@ -98,9 +112,9 @@ impl Uploader {
         durable: Arc<Durable>,
         env: Env,
         in_flight: usize,
-        on_sent: OnSent,
-        busy: Busy,
+        hooks: Hooks,
     ) -> Uploader {
+        let Hooks { on_sent, busy, whose } = hooks;
         let (queue, incoming) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             store,
@@ -108,6 +122,7 @@ impl Uploader {
             env,
             on_sent,
             busy,
+            whose,
             halt: watch::Sender::new(false),
             pending: AtomicU64::new(0),
             sent_segments: AtomicU64::new(0),
@@ -330,7 +345,7 @@ impl Shared {
     async fn compare(&self, name: &str, segment: &ClosedSegment) -> Result<(), Failure> {
         let ours = spool_tail(name, segment, COMPARE_SUFFIX).await?;
         let mut seen = None;
-        loop {
+        let (tail, size) = loop {
             let (tail, size) = match self.store.get_suffix(name, COMPARE_SUFFIX).await {
                 Ok(found) => found,
                 // "Taken" was not the last word: the store was deciding between two requests.
@@ -345,18 +360,22 @@ impl Shared {
             let found = (tail, size);
             match &seen {
                 None => seen = Some(found),
-                Some(before) if *before == found => break,
+                Some(before) if *before == found => break found,
                 Some(_) => {
                     let message =
                         format!("{name}: two readings of it differ; the link or the store damages data");
                     return Err(Failure::Transient(message));
                 }
             }
-        }
+        };
+        // A claim or a barrier is short, and says who has put it.
+        let whole = size == tail.len() as u64;
+        let whose = whole.then(|| (self.whose)(segment.head.seq, &tail)).flatten();
+        let whose = whose.unwrap_or_else(|| "is another writer's".into());
         let path = &segment.file.path;
         let dir = path.parent().unwrap_or(path).display();
         Err(Failure::Fenced(format!(
-            "FENCED: {name} in {} is another writer's, so this host no longer owns the volume. Nothing more is sent; \
+            "FENCED: {name} in {} {whose}, so this host no longer owns the volume. Nothing more is sent; \
              what was not sent is kept in {dir}",
             self.store.describe()
         )))

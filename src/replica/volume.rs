@@ -2,6 +2,7 @@
 //! Invariant: a writer's log is continued only from its own end; whatever is acknowledged is on the way to the
 //! store before anybody is told otherwise.
 
+use super::divergent::FENCED;
 use super::durable::{Durable, Position, Protection, WaitError};
 use super::follow::{Follower, Parts as Parted};
 use super::io::Io;
@@ -11,7 +12,7 @@ use super::predecessor::Predecessor;
 use super::proof::ProvenStore;
 use super::space;
 use super::trust::Trust;
-use super::uploader::{Upload, Uploader};
+use super::uploader::{Hooks, Upload, Uploader};
 use crate::clock::{Env, Thread};
 use crate::crypto::keyfile::{KeyFile, Role as KeyRole};
 use crate::fs::{CheckpointOutcome, Checkpointer, Committer, Fs, Settings, Shipping};
@@ -33,9 +34,6 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 use tokio::runtime::Handle;
 
-/// File in the state directory that says why this host must not write any more. A fence is for good, also when the next
-/// start cannot ask the store.
-const FENCED: &str = "fenced";
 /// Local checkpoints kept: the newest, and one in case it is damaged.
 const LOCAL_CHECKPOINTS: usize = 2;
 /// How long inodes without names are looked for in the store, at a start and at a hand-over.
@@ -349,7 +347,7 @@ impl Parts<'_> {
         opened.recovery.orphans = self.runtime.block_on(orphans::find(&opened, self.reader, patience))?;
         let (sent, unsent) = match self.before {
             Some(before) => before.split_sent(&opened),
-            None => self.runtime.block_on(opening::split_sent(self.store, &opened)),
+            None => self.runtime.block_on(opening::split_sent(&self.ctx, self.store, &opened)),
         };
         let checkpoint =
             self.runtime.block_on(opening::unsent_checkpoint(&self.ctx, self.dir, self.store))?;
@@ -448,14 +446,17 @@ impl Shipper {
         });
         let this = Arc::downgrade(self);
         let busy = Box::new(move || this.upgrade().is_some_and(|this| this.busy()));
+        let ctx = self.ctx.clone();
+        let whose = Box::new(move |seq, bytes: &[u8]| {
+            log::claim::read_marked(&ctx, seq, bytes).ok().map(|found| found.to_string())
+        });
         let uploader = Uploader::start(
             self.runtime.handle().clone(),
             store,
             self.durable.clone(),
             self.env.clone(),
             uploads,
-            on_sent,
-            busy,
+            Hooks { on_sent, busy, whose },
         );
         *self.uploader.lock() = Some(uploader);
     }

@@ -6,7 +6,7 @@ use embassyfs::crypto::keys::VolumeKey;
 use embassyfs::crypto::seal::BulkSealer;
 use embassyfs::crypto::sign::SecretKey;
 use embassyfs::log::segment::{
-    DeltaHeader, HEADER_LEN, Header, Index, IndexedCommit, SegmentCipher, TRAILER_LEN, Trailer,
+    DeltaHeader, HEADER_LEN, Header, Index, IndexedCommit, Kind, SegmentCipher, TRAILER_LEN, Trailer,
     VolumeContext, head_of,
 };
 use embassyfs::types::{CommitNo, Epoch, FrameKind, FramePtr, Hash, Head, Seq, Timestamp, VolumeId};
@@ -95,6 +95,7 @@ impl Segment {
         let index_len = sealer.seal_into(index_offset, FrameKind::Index, index, &mut bytes).len;
         let (first, last) = (honest.commits.first(), honest.commits.last());
         let mut trailer = Trailer {
+            kind: Kind::Ordinary,
             header,
             prev,
             body_hash: hash(&bytes),

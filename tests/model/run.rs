@@ -253,7 +253,7 @@ impl Run {
         self.host.run(op)
     }
 
-    fn apply(&mut self, op: &Op) -> Same {
+    pub(super) fn apply(&mut self, op: &Op) -> Same {
         match op {
             Op::Make { .. } | Op::Link { .. } | Op::Remove { .. } | Op::Rename { .. } => {
                 self.change_names(op)?;

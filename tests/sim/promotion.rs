@@ -1,31 +1,26 @@
-//! Somebody else takes the volume over while home lives: what a promotion does to the store, done by hand.
+//! Somebody else takes the volume over while home lives: a storm of promotions, by the product's own hand.
 //! Invariant: one of the two owns the chain. Home is fenced at its next upload, stops for good and cannot open again;
 //! what it was told of the embassy before is in the chain, and nothing else of it ever gets there.
 
 use super::compare::{Same, View, same};
 use super::disk::SimDisk;
+use super::ops::Op;
 use super::run::Run;
 use bytes::Bytes;
 use embassyfs::clock::Env;
+use embassyfs::fs::Caller;
 use embassyfs::log::Error;
-use embassyfs::log::chain::ChainStart;
-use embassyfs::log::recovery::{Recovered, Role, Step, recover};
-use embassyfs::log::segment::{VolumeContext, segment_name};
-use embassyfs::log::statedir::StateDir;
-use embassyfs::log::writer::LogWriter;
 use embassyfs::ops::init::WRITER_KEY;
 use embassyfs::replica::Version;
-use embassyfs::store::Store;
+use embassyfs::replica::promote::{Came, Promotion, Report, promote};
 use embassyfs::store::retry::{RetryPolicy, RetryStore};
-use embassyfs::tree::{Counters, delta};
-use embassyfs::types::{CommitNo, Epoch, Seq, Timestamp};
+use embassyfs::tree::value::FileType;
+use embassyfs::types::{CommitNo, Ino};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Tries to win a race against a home that uploads.
+/// Tries of what the weather may keep from happening.
 const TRIES: usize = 200;
-/// How many numbers a promotion leaves free behind its first segment.
-const SKIP: u64 = 1000;
 
 impl Run {
     /// The newest commit of the old reign is the model's; home must find out, and nobody else must notice.
@@ -33,8 +28,7 @@ impl Run {
         if self.host.down() {
             self.crash()?;
         }
-        let taken = self.take_over()?;
-        let (last, promoted) = (taken.0, taken.1);
+        let last = self.take_over()?;
         self.host.world.chance.fault("promotion");
         let told = self.host.told();
         if told.remote > last.0 {
@@ -44,19 +38,9 @@ impl Run {
             ));
         }
         // Home lives on until it hears of it: it has something to send, sooner or later.
-        let home = self.host.home();
-        let newest = home.fs.sync_point();
-        let who = embassyfs::fs::Caller { uid: 0, gid: 0 };
-        let node = embassyfs::fs::NewNode {
-            kind: embassyfs::tree::value::FileType::Directory,
-            mode: 0o755,
-            umask: 0,
-            rdev: 0,
-            target: b"",
-        };
+        let newest = self.host.newest();
         for n in 0..5 {
-            let name = format!("after the promotion {n}");
-            drop(self.host.run(|fs| fs.make(embassyfs::types::Ino::ROOT, name.as_bytes(), &node, who)));
+            self.write_on()?;
             self.host.commit(n % 2 == 0 && !self.host.down());
         }
         let fenced = || self.host.home().durable().is_some_and(|durable| durable.fenced().is_some());
@@ -67,13 +51,13 @@ impl Run {
         if told.remote > last.0 {
             let remote = told.remote;
             return Err(format!(
-                "{newest:?}: commit {remote} was acknowledged after the promotion at {}",
+                "at {newest}: commit {remote} was acknowledged after the promotion at {}",
                 last.0
             ));
         }
         self.host.fall();
         self.refused()?;
-        self.reader_sees(last, promoted)
+        self.reader_sees(last)
     }
 
     /// The next home on the same disk must not write.
@@ -102,7 +86,7 @@ impl Run {
         Err("the fenced home was never refused".into())
     }
 
-    fn reader_sees(&mut self, last: CommitNo, promoted: CommitNo) -> Same {
+    fn reader_sees(&mut self, last: CommitNo) -> Same {
         let mut why = String::new();
         for _ in 0..TRIES {
             let volume = match self.host.embassy(Version::Newest, true) {
@@ -114,10 +98,10 @@ impl Run {
                 }
             };
             let shown = volume.opened.map_or(0, |(commit, _)| commit.0);
-            if shown < promoted.0 {
+            if shown < last.0 {
                 continue; // an old list
             }
-            same(|| "the commit shown after a promotion".into(), shown, promoted.0)?;
+            same(|| "the commit shown after a promotion".into(), shown, last.0)?;
             let model = self.at(last.0).clone();
             let mut cookies = self.cookies.clone();
             let world = &self.host.world;
@@ -126,71 +110,119 @@ impl Run {
         Err(format!("no reader saw the promotion: {why}"))
     }
 
-    /// Puts a segment of a new epoch behind the newest one, with an empty commit. Gives the last commit before it and
-    /// its own.
-    fn take_over(&mut self) -> Result<(CommitNo, CommitNo), String> {
-        let world = &self.host.world;
-        let key = world.key(WRITER_KEY);
-        let superblock = &self.host.home().superblock;
-        let ctx = Arc::new(VolumeContext {
-            id: superblock.volume,
-            key: key.volume_key().map_err(|e| e.to_string())?.clone(),
-            key_id: superblock.key_id,
-            writer_public: superblock.writer_public,
-            signer: key.signing.clone(),
-        });
-        let link = RetryStore::new(world.store.link(3), world.env(), RetryPolicy::default());
-        for n in 0..TRIES {
-            let path = world.dir.path().join(format!("promoted{n}"));
-            let disk = SimDisk::new(&path, world);
-            let env = Env { disk: Arc::new(disk), ..world.env() };
-            let dir = StateDir::open_on(env.disk.clone(), &path).map_err(|e| e.to_string())?;
-            let dir = Arc::new(dir);
-            let mut counters = None;
-            let mut note = |_: CommitNo, _: Timestamp, _: Seq, bodies: &[Bytes]| {
-                counters = Some(delta::decode(bodies)?.0);
-                Ok(Step::Continue)
-            };
-            let start = ChainStart::default();
-            let found = recover(&ctx, &dir, &env, Some(&link), start, Role::Reader, &mut note);
-            let found: Recovered = match world.runtime.block_on(found) {
-                Ok(found) => found,
-                Err(_) => {
-                    world.pass(Duration::from_secs(1));
-                    continue;
-                }
-            };
-            let Some(counters): Option<Counters> = counters else {
-                world.pass(Duration::from_secs(1));
-                continue;
-            };
-            let promoted = CommitNo(found.last_commit.0 + 1);
-            let epoch = Epoch(found.epoch.0 + 1);
-            let put = |head, seq, last: CommitNo| {
-                let mut log = LogWriter::new(dir.clone(), ctx.clone(), env.clone(), epoch, head, seq, last);
-                let parts = delta::encode(&counters, Vec::new());
-                let closed = log.append_commit(CommitNo(last.0 + 1), self.now, &parts);
-                let closed = closed.and_then(|()| log.close()).map_err(|e| e.to_string())?;
-                let closed = closed.ok_or("no segment")?;
-                let name = segment_name(closed.head.seq);
-                let body: Bytes = closed.file.read().map_err(|e| e.to_string())?.into();
-                for _ in 0..TRIES {
-                    let _ = world.runtime.block_on(link.put_new(&name, body.clone())); // what came of it is asked now
-                    world.pass(Duration::from_secs(60)); // what is late is there by then
-                    let there = world.runtime.block_on(world.store.truth().get_suffix(&name, u64::MAX));
-                    if let Ok((there, _)) = there {
-                        return Ok((there == body).then_some(closed.head));
+    /// Takes the volume over as an operator would: again when it fails, with the same state directory; sometimes two at
+    /// once; while home writes. Gives the newest commit of the chain.
+    fn take_over(&mut self) -> Result<CommitNo, String> {
+        let rivals = 1 + self.host.world.chance.below(2) as usize;
+        let mut standbys: Vec<Standby> = (0..rivals).map(|n| Standby::new(&self.host.world, n)).collect();
+        for _ in 0..TRIES {
+            let tasks =
+                standbys.iter_mut().map(|standby| standby.begin(&self.host.world)).collect::<Vec<_>>();
+            let mut left = 100_000_u32;
+            while !tasks.iter().all(tokio::task::JoinHandle::is_finished) {
+                left = left.checked_sub(1).ok_or("a promotion goes on for ever")?;
+                self.write_on()?;
+                self.host.world.pass(self.host.world.chance.millis(1, 50));
+                standbys.iter().for_each(|standby| standby.breathe(&self.host.world));
+            }
+            let mut won: Vec<Report> = Vec::new();
+            for (task, standby) in tasks.into_iter().zip(&mut standbys) {
+                match self.host.world.runtime.block_on(task).map_err(|e| e.to_string())? {
+                    Ok(report) => won.push(report),
+                    Err(Error::Fenced { .. }) => self.host.world.chance.fault("promotion lost to another"),
+                    Err(error) => {
+                        self.host.world.chance.event(&format!("no promotion: {error}"), &[]);
+                        standby.again();
                     }
                 }
-                Err::<_, String>(format!("{name} cannot be put"))
-            };
-            if let Some(head) = put(found.head, found.next_seq, found.last_commit)? {
-                // From here on out of reach of what home has under way.
-                let far = Seq(found.next_seq.0 + SKIP);
-                put(Some(head), far, promoted)?.ok_or("somebody wrote far ahead")?;
-                return Ok((found.last_commit, CommitNo(promoted.0 + 1)));
             }
+            if let Some(newest) = won.iter().max_by_key(|report| report.epoch) {
+                for report in &won {
+                    if report.barriers > 0 {
+                        self.host.world.chance.fault("barrier");
+                    }
+                    if report.lost_places > 0 {
+                        self.host.world.chance.fault("place lost to home");
+                    }
+                    if report.came == Came::Before {
+                        self.host.world.chance.fault("promotion done again");
+                    }
+                }
+                let mut epochs: Vec<_> = won.iter().map(|report| report.epoch).collect();
+                epochs.sort_unstable();
+                epochs.dedup();
+                same(|| "two promotions of one epoch have won".into(), epochs.len(), won.len())?;
+                return Ok(newest.commit);
+            }
+            self.host.world.pass(Duration::from_secs(1));
         }
         Err(format!("no promotion in {TRIES} tries"))
+    }
+
+    /// Home goes on as if nothing were, until it is down or hears of it.
+    fn write_on(&mut self) -> Same {
+        if self.host.down() {
+            return Ok(());
+        }
+        self.now.secs += 1;
+        self.host.set_clock(self.now);
+        let name = Bytes::from(format!("in the storm {}", self.now.secs));
+        let (dir, target, who) = (Ino::ROOT, Bytes::new(), Caller { uid: 0, gid: 0 });
+        let (kind, mode, umask, rdev, hold) = (FileType::Directory, 0o755, 0, 0, false);
+        let made = self.apply(&Op::Make { dir, name, kind, mode, umask, rdev, target, who, hold });
+        if self.host.down() {
+            return Ok(()); // whether it was made, nobody was told
+        }
+        made?;
+        let commit = self.host.home().fs.sync_point();
+        self.host.home().fs.request_commit(commit, true);
+        Ok(())
+    }
+}
+
+/// A host that takes the volume over.
+struct Standby {
+    name: String,
+    disk: SimDisk,
+    /// The next of its links to the store.
+    link: usize,
+}
+
+impl Standby {
+    fn new(world: &super::common::World, n: usize) -> Standby {
+        let name = format!("standby{n}");
+        let disk = SimDisk::new(&world.dir.path().join(&name), world).without_rests();
+        Standby { name, disk, link: 3 + n }
+    }
+
+    fn begin(
+        &mut self,
+        world: &super::common::World,
+    ) -> tokio::task::JoinHandle<embassyfs::log::Result<Report>> {
+        let env = Env { disk: Arc::new(self.disk.clone()), ..world.env() };
+        // A link of its own for each try: a barrier may be made anew.
+        self.link += 2;
+        let link = RetryStore::new(world.store.link(self.link as u32), env.clone(), RetryPolicy::default());
+        let options = Promotion {
+            store: Arc::new(link),
+            key: world.key(WRITER_KEY),
+            state: world.dir.path().join(&self.name),
+            env,
+            host: self.name.clone(),
+            reason: "a storm".into(),
+            accept: None,
+        };
+        world.runtime.spawn(async move { promote(&options).await })
+    }
+
+    /// Its machine may go down at any of its writes.
+    fn breathe(&self, world: &super::common::World) {
+        if world.chance.per_mille(20) {
+            self.disk.cut_within(12);
+        }
+    }
+
+    fn again(&mut self) {
+        self.disk = self.disk.after();
     }
 }

@@ -48,7 +48,8 @@ impl Rig {
         let sent = self.sent.clone();
         let on_sent = Box::new(move |segment: &ClosedSegment| sent.lock().push(segment.head.seq.0));
         let handle = tokio::runtime::Handle::current();
-        Uploader::start(handle, store, self.durable.clone(), self.env.clone(), 4, on_sent, Box::new(|| false))
+        let hooks = Hooks { on_sent, busy: Box::new(|| false), whose: Box::new(|_, _| None) };
+        Uploader::start(handle, store, self.durable.clone(), self.env.clone(), 4, hooks)
     }
 
     fn segment(&self, n: u64) -> ClosedSegment {
