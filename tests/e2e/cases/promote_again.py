@@ -1,0 +1,2 @@
+def main(directory, sites):
+    pass

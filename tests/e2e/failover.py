@@ -1,0 +1,141 @@
+"""What the cases of a failover share: clerks who write at home and note what they were promised, a volume that two
+sites reach, and the command that takes it over.
+
+Invariant: a file is noted as promised when an fsync behind its last change has returned, in this process, outside every
+mount; what it must hold anybody can compute again.
+"""
+
+import json
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+
+from harness import Failed, Volume, empty_dir, wait_until
+from registers.register import GONE, body
+
+REASON = "the ministry is under water"
+BLOCK, STREAM = 256 << 10, 8 << 20
+
+
+@dataclass
+class Clerk:
+    """One thread at home. `promised`: (path below the mount, size, when), in order; `error`: how it ended."""
+
+    name: str
+    batch: int = 1
+    size: int = 700
+    promised: list = field(default_factory=list)
+    error: int = 0
+    trouble: str = ""
+
+
+def contents(path, size):
+    return body("promised", path, size)
+
+
+class Clerks:
+    """All who write on one mount: some promise each file, one many at a time, one a large one."""
+
+    def __init__(self, point, mark=""):
+        # Names are looked up from here: below a mount point that has lost its mount nothing is written.
+        self.root, self.mark, self.ending = os.open(point, os.O_DIRECTORY), mark, False
+        self.clerks = [Clerk("a"), Clerk("b"), Clerk("many", batch=25), Clerk("stream", size=STREAM)]
+        self.threads = [threading.Thread(target=self.work, args=(clerk,), daemon=True) for clerk in self.clerks]
+        for thread in self.threads:
+            thread.start()
+
+    def work(self, clerk):
+        n = 0
+        try:
+            os.mkdir(clerk.name + self.mark, dir_fd=self.root)
+            while not self.ending:
+                done = [f"{clerk.name}{self.mark}/{n + k}" for k in range(clerk.batch)]
+                for path in done:
+                    self.write(path, clerk.size, last=path == done[-1])
+                n, now = n + clerk.batch, time.time()
+                clerk.promised += [(path, clerk.size, now) for path in done]
+        except OSError as error:
+            clerk.error = error.errno
+            clerk.trouble = "" if error.errno in GONE else repr(error)
+        except Exception as error:  # whatever it was, the case must not take it for silence
+            clerk.trouble = repr(error)
+
+    def write(self, path, size, last):
+        """A file; with the last one of a batch all of it is made durable."""
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=self.root)
+        data = contents(path, size)
+        try:
+            for at in range(0, size, BLOCK):
+                os.write(fd, data[at : at + BLOCK])
+            if last:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def at_work(self, files=40, limit=60):
+        """They have all been promised something."""
+        busy = lambda: len(self.promised()) >= files and all(clerk.promised for clerk in self.clerks)
+        wait_until(lambda: busy() or not self.going(), limit, "the clerks at home work")
+        if not self.going():
+            raise Failed(f"the clerks at home have stopped: {self.ends()}")
+
+    def going(self):
+        return all(thread.is_alive() for thread in self.threads)
+
+    def promised(self):
+        return [file for clerk in self.clerks for file in list(clerk.promised)]
+
+    def ends(self):
+        return {clerk.name: clerk.trouble or os.strerror(clerk.error) for clerk in self.clerks}
+
+    def end(self, limit=60):
+        """Waits for them all; nobody may hang."""
+        self.ending = True
+        deadline = time.monotonic() + limit
+        for thread in self.threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        hanging = [clerk.name for clerk, thread in zip(self.clerks, self.threads, strict=True) if thread.is_alive()]
+        if hanging or any(clerk.trouble for clerk in self.clerks):
+            raise Failed(f"clerks that hang: {hanging}; others ended with {self.ends()}")
+        os.close(self.root)
+
+
+def missing(point, promised):
+    """Of what was promised, what is not there as it was written."""
+    return [file for file in promised if not holds(point / file[0], file[1])]
+
+
+def holds(path, size):
+    try:
+        return path.read_bytes() == contents(f"{path.parent.name}/{path.name}", size)
+    except FileNotFoundError:
+        return False
+
+
+class World:
+    """A volume: home writes to it over the long link, the embassy lives beside it."""
+
+    def __init__(self, directory, sites, name):
+        self.directory, self.sites = empty_dir(directory / name), sites
+        self.home = Volume(self.directory, f"s3://land/{name}", sites.environment(at_home=True), inside=sites.home)
+        self.home.init()
+        self.abroad = self.home.at(self.home.url, sites.environment(at_home=False), inside=sites.embassy)
+        self.objects = sites.root / "land" / name
+
+    def state(self, name):
+        return self.directory / f"{name}-state"
+
+    def mount_home(self, *options, name="home"):
+        return self.home.mount(name, self.state(name), options=["sync_timeout=60s", *options])
+
+    def segments(self):
+        """The segments that the store holds."""
+        return sorted(os.listdir(self.objects / "log"))
+
+
+def promote(volume, state, *words, host="luxembourg", ok=True, limit=60):
+    """Takes the volume over; gives what the command says, as an object, or the finished command where it is to fail."""
+    more = ["--state", state, "--host", host, "--reason", REASON, "--json", *words]
+    done = volume.ask("promote", *more, role="writer", ok=ok, limit=limit)
+    return json.loads(done.stdout) if ok else done
