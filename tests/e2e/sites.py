@@ -6,8 +6,9 @@ reached from outside, and nothing is left of them at the end.
 
 import contextlib
 import os
+from pathlib import Path
 
-from harness import empty_dir, run, s3_environment, s3_server
+from harness import Helper, empty_dir, run, s3_environment, s3_server
 from proxy import Proxy
 
 # Tallinn to Luxembourg and back: 35 ms.
@@ -32,7 +33,9 @@ class Sites:
         for k, (name, end) in enumerate(zip(self.names, self.cable, strict=True), 1):
             run("ip", "-n", name, "address", "add", f"{NETWORK}.{k}/24", "dev", end)
             run("ip", "-n", name, "link", "set", end, "up")
-        self.root, self.port = stack.enter_context(s3_server(empty_dir(directory / "abroad"), self.embassy))
+        self.root, server = stack.enter_context(s3_server(empty_dir(directory / "abroad"), self.embassy))
+        gate = stack.enter_context(contextlib.closing(Helper(Path(__file__).with_name("gate.py"), server, inside=self.embassy)))
+        self.port = gate.first["port"]
         self.link = stack.enter_context(
             contextlib.closing(Proxy(self.port, host=f"{NETWORK}.2", inside=self.embassy))
         )

@@ -31,7 +31,8 @@ def main(directory, scene):
     with contextlib.ExitStack() as stack:
         sites = Sites(directory, stack)
         if scene != "alive":
-            return {"again": promote_again, "back": promote_back}[scene].main(directory, sites)
+            scenes = {"again": promote_again.main, "far": promote_again.from_afar, "back": promote_back.main}
+            return scenes[scene](directory, sites)
         for n in range(ROUNDS):
             under_load(World(directory, sites, f"good{n}"), "a good link", contextlib.nullcontext(), FENCED_WITHIN)
             under_load(World(directory, sites, f"flaps{n}"), "a link that flaps", flapping(sites.link), 3 * FENCED_WITHIN)
