@@ -4,6 +4,7 @@
 pub mod config;
 pub mod daemon;
 pub mod diff;
+pub mod divergence;
 pub mod exit;
 mod handover;
 pub mod init;
@@ -81,6 +82,7 @@ enum Command {
     Verify(verify::VerifyArgs),
     Promote(promote::PromoteArgs),
     Accept(promote::AcceptArgs),
+    Divergence(divergence::DivergenceArgs),
     RecoverKey(recover_key::RecoverKeyArgs),
     /// What a daemon starts to go on with its mount.
     #[command(hide = true)]
@@ -202,6 +204,7 @@ fn dispatch(args: Vec<OsString>) -> exit::Outcome {
         Command::Verify(args) => verify::run(args),
         Command::Promote(args) => promote::promote(args),
         Command::Accept(args) => promote::accept(args),
+        Command::Divergence(args) => divergence::run(args),
         Command::RecoverKey(args) => recover_key::run(args),
         Command::Man(args) => man::run(args),
         Command::MountHelper(args) => mount_helper::run(args.words),

@@ -164,9 +164,17 @@ impl StateDir {
         self.disk.free_bytes(&self.root).map_err(Error::io(format!("statvfs {}", self.root.display())))
     }
 
-    fn entries(&self, sub: &str) -> Result<Vec<String>> {
+    /// Names in the sub-directory `sub`, in order; none where it is not there.
+    pub fn entries(&self, sub: &str) -> Result<Vec<String>> {
         let path = self.root.join(sub);
-        self.disk.list(&path).map_err(Error::io(format!("list {}", path.display())))
+        match self.disk.list(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+            listed => {
+                let mut names = listed.map_err(Error::io(format!("list {}", path.display())))?;
+                names.sort_unstable();
+                Ok(names)
+            }
+        }
     }
 
     fn remove_leftovers(&self, sub: &str) -> Result<()> {

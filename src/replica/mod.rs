@@ -20,7 +20,7 @@ pub mod uploader;
 pub mod views;
 pub mod volume;
 
-pub use opening::Version;
+pub use opening::{Version, context_of};
 pub use predecessor::Predecessor;
 pub use trust::{Trust, parse_head};
 

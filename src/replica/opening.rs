@@ -2,6 +2,7 @@
 //! Invariant: home restart, embassy mount and a mount of the past come through here alike; a store that is older
 //! than what this host has seen, or different from it, is refused and said to be so.
 
+use super::divergent;
 use super::trust;
 use super::volume::OpenOptions;
 use crate::clock::Env;
@@ -431,6 +432,9 @@ pub(super) async fn find(
 ) -> Result<Found> {
     let (superblock, to_pin) = self::superblock(store, dir, &options.key).await?;
     let ctx = Arc::new(context(&options.key, &superblock)?);
+    if let (Role::Reader, Some(store)) = (role, store) {
+        divergent::refuse_reader(&ctx, dir, store).await?;
+    }
     let opened = recover(&ctx, dir, &options.env, store, role, options.version).await?;
     if let (Role::Reader, Some(store)) = (role, store) {
         let head = opened.recovered.head;
@@ -443,6 +447,12 @@ pub(super) async fn find(
             .await?;
     }
     Ok(Found { superblock, to_pin, ctx, opened })
+}
+
+/// What the log is read with, from the store's superblock.
+pub async fn context_of(store: &dyn Store, key: &KeyFile) -> Result<VolumeContext> {
+    let (superblock, _) = crate::ops::init::load_superblock(store, key).await?;
+    context(key, &superblock)
 }
 
 pub(super) fn context(key: &KeyFile, superblock: &Superblock) -> Result<VolumeContext> {
