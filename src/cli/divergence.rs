@@ -64,7 +64,7 @@ enum What {
 
 #[derive(clap::Args)]
 struct ListArgs {
-    /// The state directory of the host that lost the volume; nothing may be mounted with it.
+    /// The state directory of the host that lost the volume.
     #[arg(long, value_name = "DIR")]
     state: PathBuf,
     /// JSON instead of text.
@@ -74,8 +74,7 @@ struct ListArgs {
 
 #[derive(clap::Args)]
 struct ShowArgs {
-    /// The store and the key. The state directory is that of the host that lost the volume; nothing may be mounted with
-    /// it.
+    /// The store and the key. The state directory is that of the host that lost the volume.
     #[command(flatten)]
     read: ReadArgs,
     /// The epoch it was written in, where there are several.
@@ -109,7 +108,7 @@ fn open_state(path: &Path) -> Result<StateDir, Failure> {
         return Err(Failure::usage(format!("{} is not a state directory", path.display()))
             .hint("it is what was given to 'mount' as --state"));
     }
-    StateDir::open(&path).map_err(|e| seam::failure(&e))
+    Ok(StateDir::look(&path))
 }
 
 fn list(args: &ListArgs) -> Outcome {
@@ -292,8 +291,10 @@ fn export(args: ExportArgs) -> Outcome {
     std::fs::create_dir_all(&files).map_err(place)?;
     let list = serde_json::to_vec_pretty(&side.as_json(&changes)).unwrap_or_default();
     std::fs::write(dest.join(LIST), list).map_err(place)?;
-    let volume = super::restore::open(&side.reading, None)?;
-    let fetch = |ptrs: &[FramePtr]| side.reading.runtime.block_on(volume.fetch(ptrs));
+    let Side { reading, views, epoch, .. } = side;
+    drop(views); // the directory for copies is the volume's now
+    let volume = super::restore::open(&reading, None)?;
+    let fetch = |ptrs: &[FramePtr]| reading.runtime.block_on(volume.fetch(ptrs));
     let mut bar = Counting::new("exporting");
     let mut report = Report::default();
     for change in wanted(&changes) {
@@ -322,7 +323,7 @@ fn export(args: ExportArgs) -> Outcome {
     print(&format!(
         "epoch {}: {} files ({}) exported to {}; {} were there already; {} paths had been deleted; all {} changes are \
          listed in {}; {} problems",
-        side.epoch,
+        epoch,
         report.files,
         bytes(report.bytes),
         files.display(),

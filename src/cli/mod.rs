@@ -6,7 +6,7 @@ pub mod daemon;
 pub mod diff;
 pub mod divergence;
 pub mod exit;
-mod handover;
+pub mod handover;
 pub mod init;
 pub mod logging;
 pub mod man;
@@ -19,6 +19,7 @@ pub mod progress;
 pub mod promote;
 pub mod reading;
 pub mod recover_key;
+mod relay;
 pub mod restore;
 pub mod seam;
 pub mod serve;
@@ -81,6 +82,7 @@ enum Command {
     Restore(restore::RestoreArgs),
     Verify(verify::VerifyArgs),
     Promote(promote::PromoteArgs),
+    Handover(handover::HandoverArgs),
     Accept(promote::AcceptArgs),
     Divergence(divergence::DivergenceArgs),
     RecoverKey(recover_key::RecoverKeyArgs),
@@ -203,6 +205,7 @@ fn dispatch(args: Vec<OsString>) -> exit::Outcome {
         Command::Restore(args) => restore::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Promote(args) => promote::promote(args),
+        Command::Handover(args) => handover::run(args),
         Command::Accept(args) => promote::accept(args),
         Command::Divergence(args) => divergence::run(args),
         Command::RecoverKey(args) => recover_key::run(args),

@@ -3,6 +3,7 @@
 //! Invariant: nothing is deleted. What is moved lies in `divergent/EPOCH/`, and until the last of it has been moved, what
 //! is left in `log/` is the older part of it.
 
+use super::opening::{list_checkpoints, stored_root};
 use crate::disk::FileRef;
 use crate::log::chain::{self, stored_head};
 use crate::log::claim::{self, Marked};
@@ -260,10 +261,22 @@ impl Divergence {
             _ => CommitNo(trailer.first_commit.0 - 1),
         };
         let front = closed.iter().skip(at).map(|(part, _)| (segment_name(part.seq), part.file.clone()));
+        // A checkpoint of what both share may have been made by the other writer, and then lies in the other history.
+        let mut usable = None;
+        for name in list_checkpoints(&*store).await? {
+            let old = checkpoint::commit_of(&name).is_some_and(|no| no <= shared);
+            if old
+                && let Ok(root) = stored_root(ctx, &*store, &name).await
+                && root.root_seq < first.seq
+            {
+                usable = checkpoint::commit_of(&name);
+                break;
+            }
+        }
         let begin = segment_name(first.seq);
         let hidden = move |name: &str| {
             (name.starts_with("log/") && name >= begin.as_str())
-                || checkpoint::commit_of(name).is_some_and(|no| no > shared)
+                || checkpoint::commit_of(name).is_some_and(|no| Some(no) > usable)
         };
         Ok((OverlayStore::new(store, front.collect(), Box::new(hidden)), shared))
     }

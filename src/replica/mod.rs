@@ -6,6 +6,7 @@ pub mod divergent;
 pub mod durable;
 mod figures;
 pub mod follow;
+mod handover;
 mod io;
 pub mod listing;
 mod opening;

@@ -130,10 +130,7 @@ pub(super) async fn recover(
     version: Version,
 ) -> Result<Opened> {
     let root = newest_checkpoint(ctx, dir, store, version).await?;
-    let start = root.map_or_else(ChainStart::default, |root| ChainStart {
-        replay_seq: root.replay_seq,
-        prev: root.replay_prev,
-    });
+    let start = root.map_or_else(ChainStart::default, |root| root.chain_start());
     let mut replayed = Replayed { map: Delta::new(), weight: 0, limit: memory() / 2 };
     let mut counters = root.map(|root| root.counters);
     let mut time = root.map(|root| root.time);
@@ -263,16 +260,20 @@ async fn newest_checkpoint(
 /// The newest checkpoint in the store, whatever this host holds.
 pub(super) async fn stored_checkpoint(ctx: &VolumeContext, store: &dyn Store) -> Result<Option<Root>> {
     for name in list_checkpoints(store).await? {
-        let (bytes, _) = match store.get_suffix(&name, CHECKPOINT_MAX).await {
-            Err(StoreError::NotFound { .. }) => continue,
-            found => found?,
-        };
-        match checkpoint::open(&bytes, &name, ctx.id, &ctx.key, &ctx.writer_public) {
+        match stored_root(ctx, store, &name).await {
             Ok(root) => return Ok(Some(root)),
+            Err(Error::Store(StoreError::NotFound { .. })) => {}
+            Err(Error::Store(e)) => return Err(e.into()),
             Err(e) => ::log::error!("{e}; passing it over for an older checkpoint"),
         }
     }
     Ok(None)
+}
+
+/// What the checkpoint of that name in the store says.
+pub(super) async fn stored_root(ctx: &VolumeContext, store: &dyn Store, name: &str) -> Result<Root> {
+    let (bytes, _) = store.get_suffix(name, CHECKPOINT_MAX).await?;
+    checkpoint::open(&bytes, name, ctx.id, &ctx.key, &ctx.writer_public)
 }
 
 /// The newest checkpoint made at `at` or before; few requests among many checkpoints (they are in order of time).
