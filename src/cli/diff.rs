@@ -85,7 +85,8 @@ fn point(view: &View) -> serde_json::Value {
     json!({"commit": view.commit.0, "time": view.time.map(rfc3339::text)})
 }
 
-fn line(change: &Change) -> String {
+/// One line of text for a change.
+pub fn line(change: &Change) -> String {
     let slash = if change.of == FileType::Directory { "/" } else { "" };
     let path = shown(&change.path);
     match &change.from {
@@ -94,7 +95,8 @@ fn line(change: &Change) -> String {
     }
 }
 
-fn as_json(change: &Change) -> serde_json::Value {
+/// The same for machines.
+pub fn as_json(change: &Change) -> serde_json::Value {
     json!({
         "change": change.kind.letter().to_string(),
         "path": shown(&change.path),

@@ -4,8 +4,9 @@
 pub mod config;
 pub mod daemon;
 pub mod diff;
+pub mod divergence;
 pub mod exit;
-mod handover;
+pub mod handover;
 pub mod init;
 pub mod logging;
 pub mod man;
@@ -18,6 +19,7 @@ pub mod progress;
 pub mod promote;
 pub mod reading;
 pub mod recover_key;
+mod relay;
 pub mod restore;
 pub mod seam;
 pub mod serve;
@@ -80,7 +82,9 @@ enum Command {
     Restore(restore::RestoreArgs),
     Verify(verify::VerifyArgs),
     Promote(promote::PromoteArgs),
+    Handover(handover::HandoverArgs),
     Accept(promote::AcceptArgs),
+    Divergence(divergence::DivergenceArgs),
     RecoverKey(recover_key::RecoverKeyArgs),
     /// What a daemon starts to go on with its mount.
     #[command(hide = true)]
@@ -201,7 +205,9 @@ fn dispatch(args: Vec<OsString>) -> exit::Outcome {
         Command::Restore(args) => restore::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Promote(args) => promote::promote(args),
+        Command::Handover(args) => handover::run(args),
         Command::Accept(args) => promote::accept(args),
+        Command::Divergence(args) => divergence::run(args),
         Command::RecoverKey(args) => recover_key::run(args),
         Command::Man(args) => man::run(args),
         Command::MountHelper(args) => mount_helper::run(args.words),

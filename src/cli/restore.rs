@@ -153,7 +153,8 @@ fn copy(
     done.map_err(|e| stopped(&e))
 }
 
-fn stopped(e: &Stopped) -> Failure {
+/// What to say when a copy ended early.
+pub fn stopped(e: &Stopped) -> Failure {
     let failure = match e {
         Stopped::Volume(Error::Log(e)) => seam::failure(e),
         e => Failure::from_error(ExitCode::Failed, "the restore stopped", e),

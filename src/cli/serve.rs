@@ -4,9 +4,9 @@
 
 use super::daemon::{self, ReadyPipe};
 use super::exit::{ExitCode, Failure, Outcome};
-use super::handover::{Handed, Interlude, Relay};
 use super::logging::{self, Target};
 use super::mount::MountPlan;
+use super::relay::{Handed, Interlude, Relay};
 use super::seam::{self, Served};
 use super::signals;
 use crate::clock::{Clock, Env};
@@ -421,6 +421,17 @@ impl Control for Framed {
 
     fn shutdown(&self, timeout: Duration) -> Result<Status, String> {
         let done = self.inner().shutdown(timeout);
+        *lock(&self.shipped) = Some(self.clock.monotonic());
+        done.map(|status| self.fill(status))
+    }
+
+    fn hand_over(
+        &self,
+        to: Option<&str>,
+        timeout: Duration,
+        progress: &mut dyn FnMut(&Status),
+    ) -> Result<Status, String> {
+        let done = self.inner().hand_over(to, timeout, &mut |status| progress(&self.fill(status.clone())));
         *lock(&self.shipped) = Some(self.clock.monotonic());
         done.map(|status| self.fill(status))
     }

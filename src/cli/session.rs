@@ -34,6 +34,8 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(50);
 const COMMIT_LOOK: Duration = Duration::from_millis(2);
 /// How long what is on the pool may take to end when the mount is handed over.
 const POOL_WAIT: Duration = Duration::from_secs(2);
+/// A wish to hand over is forgotten when the mount is not gone after this: its owner has given up.
+const HAND_OVER_WITHIN: Duration = Duration::from_secs(120);
 /// How long closing waits for what the last checkpoint added; the rest has been shipped before.
 const CLOSE_WAIT: Duration = Duration::from_secs(10);
 
@@ -47,6 +49,10 @@ pub(super) struct MountControl {
     failed: Mutex<Option<String>>,
     /// The mount is being handed over: nobody waits for the store any more.
     leaving: AtomicBool,
+    /// To whom the volume is to be handed over when it is closed, and when that was asked.
+    to: Mutex<Option<(String, Duration)>>,
+    /// What came of it.
+    handed_over: Mutex<Option<Result<String, String>>>,
     watch: Arc<Watch>,
 }
 
@@ -58,6 +64,8 @@ impl MountControl {
             protection: request.protection,
             failed: Mutex::new(None),
             leaving: AtomicBool::new(false),
+            to: Mutex::new(None),
+            handed_over: Mutex::new(None),
             watch: Watch::new(Env::system().clock),
             volume,
         }
@@ -86,6 +94,19 @@ impl MountControl {
             jumps: standing.jumps,
             error: trouble,
         });
+    }
+
+    /// Hands the volume over that has just been closed, if that was asked for.
+    fn give_away(&self) {
+        let asked = self.to.lock().take();
+        let now = Env::system().clock.monotonic();
+        if let Some((to, _)) = asked.filter(|(_, when)| now.saturating_sub(*when) < HAND_OVER_WITHIN) {
+            let done = self.volume.hand_over(&super::seam::host_name(), &to);
+            if let Err(e) = &done {
+                ::log::error!("not handed over to {to}: {e}");
+            }
+            *self.handed_over.lock() = Some(done.map(|_| to).map_err(|e| e.to_string()));
+        }
     }
 
     fn wait_remote(&self, timeout: Duration, progress: &mut dyn FnMut(&Status)) -> Result<(), String> {
@@ -158,6 +179,11 @@ impl Control for MountControl {
         status.store_error = account.last_error.clone();
         status.waiting = account.waiters as u64;
         status.uploads = volume.uploads();
+        match self.handed_over.lock().clone() {
+            Some(Ok(to)) => status.handed_over = Some(to),
+            Some(Err(why)) => *self.failed.lock() = Some(why),
+            None => {}
+        }
         let latched = account.fenced.or(account.latched).or(volume.fs.failure());
         status.last_error = latched.or_else(|| self.failed.lock().clone()).or(account.last_error);
         // What is committed in the segment that is still open is on this host only, like a closed one.
@@ -192,6 +218,25 @@ impl Control for MountControl {
 
     fn sync(&self, timeout: Duration, progress: &mut dyn FnMut(&Status)) -> Result<Status, String> {
         self.wait_remote(timeout, progress)?;
+        Ok(self.status())
+    }
+
+    fn hand_over(
+        &self,
+        to: Option<&str>,
+        timeout: Duration,
+        progress: &mut dyn FnMut(&Status),
+    ) -> Result<Status, String> {
+        *self.to.lock() = None;
+        let Some(to) = to else { return Ok(self.status()) };
+        let Some(durable) = self.volume.durable() else {
+            return Err("it is mounted for reading; only the writer can hand the volume over".into());
+        };
+        if let Some(reason) = durable.fenced().or(self.volume.fs.failure()) {
+            return Err(reason);
+        }
+        self.wait_remote(timeout, progress)?;
+        *self.to.lock() = Some((to.to_owned(), Env::system().clock.monotonic()));
         Ok(self.status())
     }
 
@@ -345,6 +390,7 @@ impl Served for Session {
     fn close(self: Box<Self>) -> Result<Status, Failure> {
         // Shipping has been tried within its bound before; here the log is ended cleanly.
         self.control.volume.close(CLOSE_WAIT);
+        self.control.give_away();
         let status = self.control.status();
         match self.control.volume.fs.failure() {
             Some(reason) => Err(Failure::new(ExitCode::Failed, format!("the volume had failed: {reason}"))),

@@ -97,7 +97,7 @@ fn with_daemon(args: &UmountArgs, mount: &Mounted, mut daemon: Client) -> Outcom
     };
     // Opened while the daemon surely lives, so that the number means it and nobody else.
     let process = Pidfd::open(daemon.pid());
-    let forced = take_out(args, mount)?;
+    let forced = take_out(args.lazy, args.force, mount)?;
     let wait = match (args.lazy, forced) {
         (true, _) => LAZY_WAIT,
         (_, true) => FORCED_WAIT,
@@ -107,15 +107,7 @@ fn with_daemon(args: &UmountArgs, mount: &Mounted, mut daemon: Client) -> Outcom
     let ended =
         process.and_then(|p| p.wait(if last.is_ok() { CLOSE_WAIT } else { LAZY_WAIT })).unwrap_or(false);
     if !ended && !args.lazy {
-        return Err(Failure::new(
-            ExitCode::NoDaemon,
-            format!(
-                "{} is unmounted, but its daemon (process {}) has not ended",
-                mount.path.display(),
-                daemon.pid()
-            ),
-        )
-        .hint("look at its log; the volume can be mounted again when it has ended"));
+        return Err(not_ended(mount, &daemon));
     }
     match (last, known) {
         (Ok(status), _) => report(args, mount, &status),
@@ -126,16 +118,42 @@ fn with_daemon(args: &UmountArgs, mount: &Mounted, mut daemon: Client) -> Outcom
     }
 }
 
+/// Takes the mount out of the tree, for a daemon that has been told what for, and gives its last word.
+pub(super) fn leave(mount: &Mounted, daemon: &mut Client) -> Result<Status, Failure> {
+    let process = Pidfd::open(daemon.pid());
+    take_out(false, false, mount)?;
+    let last = daemon.ask(Request::Farewell { timeout_ms: CLOSE_WAIT.as_millis() as u64 }, &mut |_| {});
+    let ended = process.and_then(|p| p.wait(CLOSE_WAIT)).unwrap_or(false);
+    match last {
+        Ok(last) if ended => Ok(last),
+        Ok(_) => Err(not_ended(mount, daemon)),
+        Err(e) => Err(mount
+            .failure("unmounted, but how the daemon ended is not known:", ExitCode::NoDaemon, &e)
+            .hint(
+                "look at its log, and at the state directory: a file 'fenced' says that it was handed over",
+            )),
+    }
+}
+
+fn not_ended(mount: &Mounted, daemon: &Client) -> Failure {
+    let (path, pid) = (mount.path.display(), daemon.pid());
+    Failure::new(
+        ExitCode::NoDaemon,
+        format!("{path} is unmounted, but its daemon (process {pid}) has not ended"),
+    )
+    .hint("look at its log; the volume can be mounted again when it has ended")
+}
+
 /// Unmounts; true when the connection had to be broken.
-fn take_out(args: &UmountArgs, mount: &Mounted) -> Result<bool, Failure> {
-    let how = if args.lazy { Unmount::Lazy } else { Unmount::Normal };
+fn take_out(lazy: bool, force: bool, mount: &Mounted) -> Result<bool, Failure> {
+    let how = if lazy { Unmount::Lazy } else { Unmount::Normal };
     let error = match kernel::unmount_bounded(&mount.path, how, KERNEL_WAIT) {
         Ok(()) => return Ok(false),
         Err(e) => e,
     };
     let path = mount.path.display();
     let stuck = matches!(error.kind(), io::ErrorKind::ResourceBusy | io::ErrorKind::TimedOut);
-    if args.force && stuck {
+    if force && stuck {
         break_connection(mount)?;
         return Ok(true);
     }
@@ -173,7 +191,7 @@ fn without_daemon(args: &UmountArgs, mount: &Mounted) -> Outcome {
     if args.force {
         break_connection(mount)?;
     } else {
-        take_out(args, mount)?;
+        take_out(args.lazy, args.force, mount)?;
     }
     Ok(report_unknown(mount, None))
 }

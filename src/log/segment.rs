@@ -356,6 +356,11 @@ pub fn is_whole(file: &FileRef, head: Head) -> std::io::Result<bool> {
 }
 
 impl UncheckedTrailer {
+    /// What it says, believed by nobody: to show what lies on this host's own disk to who has no key.
+    pub fn unverified(&self) -> &Trailer {
+        &self.trailer
+    }
+
     /// Takes the last [`TRAILER_LEN`] bytes of `tail` apart; `object` is for the message.
     pub fn parse(tail: &[u8], object: &str) -> Result<UncheckedTrailer> {
         let bad = |detail| Error::corrupt(object, detail);

@@ -18,8 +18,8 @@ const CACHE_FAN: u64 = 4096;
 pub struct StateDir {
     root: PathBuf,
     disk: Arc<dyn Disk>,
-    /// Holds the lock until the directory is dropped.
-    _lock: Box<dyn Lock>,
+    /// Holds the lock until the directory is dropped; not held by who only looks.
+    _lock: Option<Box<dyn Lock>>,
 }
 
 impl StateDir {
@@ -35,12 +35,17 @@ impl StateDir {
             disk.create_dirs(&dir).map_err(Error::io(format!("create {}", dir.display())))?;
         }
         let lock = lock(&*disk, &path.join("lock"))?;
-        let dir = StateDir { root: path.to_owned(), disk, _lock: lock };
+        let dir = StateDir { root: path.to_owned(), disk, _lock: Some(lock) };
         for sub in ["", "log", "checkpoint"] {
             dir.remove_leftovers(sub)?;
         }
         dir.sync_dir("")?;
         Ok(dir)
+    }
+
+    /// To look at what is there, also while another process works in it. Nothing may be changed.
+    pub fn look(path: &Path) -> StateDir {
+        StateDir { root: path.to_owned(), disk: Arc::new(SystemDisk), _lock: None }
     }
 
     /// The directory itself.
@@ -164,9 +169,17 @@ impl StateDir {
         self.disk.free_bytes(&self.root).map_err(Error::io(format!("statvfs {}", self.root.display())))
     }
 
-    fn entries(&self, sub: &str) -> Result<Vec<String>> {
+    /// Names in the sub-directory `sub`, in order; none where it is not there.
+    pub fn entries(&self, sub: &str) -> Result<Vec<String>> {
         let path = self.root.join(sub);
-        self.disk.list(&path).map_err(Error::io(format!("list {}", path.display())))
+        match self.disk.list(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+            listed => {
+                let mut names = listed.map_err(Error::io(format!("list {}", path.display())))?;
+                names.sort_unstable();
+                Ok(names)
+            }
+        }
     }
 
     fn remove_leftovers(&self, sub: &str) -> Result<()> {

@@ -43,6 +43,16 @@ pub trait Control: Send + Sync {
     }
     /// Answers those who wait in [`Control::sync`] and [`Control::shutdown`] at once: nobody here will be able to.
     fn let_go(&self) {}
+    /// Ships everything written before the call, and notes that the volume is to be handed over to `to` when it is closed
+    /// soon; with `None` nobody is to get it any more.
+    fn hand_over(
+        &self,
+        _to: Option<&str>,
+        _timeout: Duration,
+        _progress: &mut dyn FnMut(&Status),
+    ) -> Result<Status, String> {
+        Err("this daemon has nothing to hand over".into())
+    }
     /// Lets `program` go on with the mount, in a process of its own. An error means that all is as it was.
     fn upgrade(&self, _program: &Path, _timeout: Duration) -> Result<Status, String> {
         Err("this daemon cannot hand its mount over".into())
@@ -72,6 +82,13 @@ pub enum Request {
         /// Bound, in milliseconds.
         timeout_ms: u64,
     },
+    /// [`Control::hand_over`].
+    HandOver {
+        /// To whom; nobody takes an earlier one back.
+        to: Option<String>,
+        /// Bound, in milliseconds.
+        timeout_ms: u64,
+    },
     /// Answers with the last status when the daemon has closed the volume, right before it exits.
     Farewell {
         /// Bound, in milliseconds.
@@ -86,6 +103,7 @@ impl Request {
             Request::Sync { timeout_ms }
             | Request::Shutdown { timeout_ms }
             | Request::Upgrade { timeout_ms, .. }
+            | Request::HandOver { timeout_ms, .. }
             | Request::Farewell { timeout_ms } => Duration::from_millis(*timeout_ms),
         }
     }
@@ -328,8 +346,10 @@ fn serve(stream: &UnixStream, shared: &Arc<Shared>) -> io::Result<()> {
     {
         match serde_json::from_str::<Request>(&line) {
             Ok(request) => {
-                if matches!(request, Request::Shutdown { .. } | Request::Farewell { .. }) {
-                    leaving.set(true);
+                match &request {
+                    Request::Shutdown { .. } | Request::Farewell { .. } => leaving.set(true),
+                    Request::HandOver { to, .. } => leaving.set(to.is_some()),
+                    _ => {}
                 }
                 let farewell = matches!(request, Request::Farewell { .. });
                 send(stream, &answer(stream, shared, request)?)?;
@@ -357,17 +377,22 @@ fn answer(stream: &UnixStream, shared: &Arc<Shared>, request: Request) -> io::Re
     match request {
         Request::Status {} => return Ok(Reply::Ok(shared.control.status())),
         Request::Farewell { .. } => return Ok(farewell(shared, timeout)),
-        Request::Sync { .. } | Request::Shutdown { .. } | Request::Upgrade { .. } => {}
+        Request::Sync { .. }
+        | Request::Shutdown { .. }
+        | Request::Upgrade { .. }
+        | Request::HandOver { .. } => {}
     }
     let (steps, inbox) = mpsc::sync_channel(16);
     let control = shared.control.clone();
     // A thread of its own, so that the client hears of progress however the work is done, and so that a client that
     // hangs up does not stop the work.
     std::thread::Builder::new().name("control-work".into()).spawn(move || {
+        let mut progress = |s: &Status| {
+            let _ = steps.try_send(Step::Progress(s.clone()));
+        };
         let result = match request {
-            Request::Sync { .. } => control.sync(timeout, &mut |s| {
-                let _ = steps.try_send(Step::Progress(s.clone()));
-            }),
+            Request::Sync { .. } => control.sync(timeout, &mut progress),
+            Request::HandOver { to, .. } => control.hand_over(to.as_deref(), timeout, &mut progress),
             Request::Upgrade { program, .. } => control.upgrade(&program, timeout),
             _ => control.shutdown(timeout),
         };

@@ -44,6 +44,21 @@ pub struct Report {
     pub problem_count: u64,
 }
 
+impl Report {
+    /// Adds what another copy did.
+    pub fn add(&mut self, other: Report) {
+        self.files += other.files;
+        self.bytes += other.bytes;
+        self.directories += other.directories;
+        self.others += other.others;
+        self.links += other.links;
+        self.present += other.present;
+        self.problems.extend(other.problems);
+        self.problems.truncate(PROBLEMS_MAX);
+        self.problem_count += other.problem_count;
+    }
+}
+
 /// Why a restore ended before its end.
 #[derive(Debug, thiserror::Error)]
 pub enum Stopped {

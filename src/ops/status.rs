@@ -50,6 +50,9 @@ pub struct Status {
     pub fallbacks: u64,
     /// True when another writer owns the volume: nothing more is shipped from here.
     pub fenced: bool,
+    /// To whom the volume was handed over, in the last status of a mount that was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub handed_over: Option<String>,
     /// The last thing that went wrong, if it still matters.
     pub last_error: Option<String>,
     /// Seconds since `available` fell back to the local spool; null while it has not.

@@ -3,14 +3,21 @@
 //! Invariant: nothing is deleted. What is moved lies in `divergent/EPOCH/`, and until the last of it has been moved, what
 //! is left in `log/` is the older part of it.
 
+use super::opening::{list_checkpoints, stored_root};
+use crate::disk::FileRef;
 use crate::log::chain::{self, stored_head};
 use crate::log::claim::{self, Marked};
-use crate::log::segment::{TRAILER_LEN, UncheckedTrailer, VolumeContext, segment_name};
+use crate::log::segment::{
+    TRAILER_LEN, Trailer, UncheckedTrailer, VolumeContext, head_of, segment_name, seq_of_name,
+};
 use crate::log::statedir::StateDir;
 use crate::log::{Error, Result};
+use crate::store::overlay::OverlayStore;
 use crate::store::{Store, StoreError};
-use crate::types::{Epoch, Head, Seq};
+use crate::tree::checkpoint;
+use crate::types::{CommitNo, Epoch, Head, Seq};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// Directory of the state directory for what is in nobody's history.
 pub const DIVERGENT: &str = "divergent";
@@ -114,10 +121,163 @@ pub(super) fn set_aside(dir: &StateDir, tail: &[Here], note: &str) -> Result<Pat
     Ok(at)
 }
 
-/// The end of the chain as it is at this moment: also when a listing is old.
+/// Lists and looks so often for the end of a chain that a fast home moves on.
+const ROUNDS_MAX: u32 = 4;
+
+/// The end of the chain as it is at this moment, also when a listing is old. A home that is faster than this is not
+/// followed for ever: the place that is found is then taken, which the next claim finds out.
 pub(super) async fn newest_end(ctx: &VolumeContext, store: &dyn Store, walk: &mut chain::Walk) -> Result<()> {
-    while chain::take_next(ctx, store, walk).await?.is_some() {
+    for _ in 0..ROUNDS_MAX {
+        if chain::take_next(ctx, store, walk).await?.is_none() {
+            break;
+        }
         chain::go_on(ctx, store, walk).await?;
     }
     Ok(())
+}
+
+/// Refuses to read with a state directory whose own log is not what the chain goes on with: its files would stand in the
+/// way of the store's of the same number.
+pub(super) async fn refuse_reader(ctx: &VolumeContext, dir: &StateDir, store: &dyn Store) -> Result<()> {
+    let standing = Standing::find(ctx, dir, store).await?;
+    let Some(first) = standing.tail.first() else { return Ok(()) };
+    let there = match stored_head(ctx, store, first.seq).await {
+        Err(Error::Store(StoreError::NotFound { .. })) => return Ok(()),
+        found => found?,
+    };
+    Err(Error::Refused(format!(
+        "{} holds what a writer here had written when the volume was taken over ({} in the store is hash {}), and none \
+         of it is in the volume's history. Mount with another --state; 'embassyfs divergence' shows what it is, and \
+         'accept' or 'promote' sets it aside",
+        dir.root().display(),
+        segment_name(first.seq),
+        there.hash
+    )))
+}
+
+/// What a host had written when the volume was taken over, in a state directory.
+#[derive(Clone, Debug)]
+pub struct Divergence {
+    /// The epoch it was written in; 0 where no segment says so.
+    pub epoch: Epoch,
+    /// Set aside; otherwise it lies in `log/` still, among what the store has.
+    pub set_aside: bool,
+    /// Where its segments lie.
+    pub at: PathBuf,
+    /// Why this host lost the volume.
+    pub note: String,
+    /// Its segments, in order.
+    pub segments: Vec<Part>,
+}
+
+/// One of its segments, as its own trailer says.
+#[derive(Clone, Debug)]
+pub struct Part {
+    /// Its number.
+    pub seq: Seq,
+    /// Its file.
+    pub file: FileRef,
+    /// Bytes.
+    pub size: u64,
+    /// What its end says; nothing of one that a crash left open.
+    pub trailer: Option<Trailer>,
+}
+
+impl Part {
+    fn read(dir: &StateDir, path: PathBuf, seq: Seq) -> Result<Part> {
+        let file = dir.file(path);
+        let (tail, size) =
+            file.suffix(TRAILER_LEN as u64).map_err(Error::io(format!("read {}", file.path.display())))?;
+        let trailer = UncheckedTrailer::parse(&tail, "").ok().map(|end| *end.unverified());
+        Ok(Part { seq, file, size, trailer })
+    }
+}
+
+/// What the state directory holds that is in nobody's history, the oldest first; of a home that was fenced and has set
+/// nothing aside yet, what is not known to be in the store. Asks no store, and believes what lies here.
+pub fn divergences(dir: &StateDir) -> Result<Vec<Divergence>> {
+    let mut found = Vec::new();
+    for name in dir.entries(DIVERGENT)? {
+        let (sub, mut segments) = (format!("{DIVERGENT}/{name}"), Vec::new());
+        for file in dir.entries(&sub)? {
+            if let Some(seq) = seq_of_name(&file) {
+                segments.push(Part::read(dir, dir.root().join(&sub).join(&file), seq)?);
+            }
+        }
+        let note = dir.read(&format!("{sub}/note.txt"))?;
+        found.push(divergence(true, dir.root().join(&sub), note, segments));
+    }
+    if let Some(reason) = dir.read(FENCED)? {
+        let mut segments = Vec::new();
+        for (seq, _) in dir.log_segments()? {
+            segments.push(Part::read(dir, dir.log_path(seq), seq)?);
+        }
+        let stored = segments.iter().filter_map(|part| Some(part.trailer?.stored)).max().unwrap_or_default();
+        segments.retain(|part| part.seq > stored);
+        found.push(divergence(false, dir.root().join("log"), Some(reason), segments));
+    }
+    found.retain(|divergence| !divergence.segments.is_empty());
+    Ok(found)
+}
+
+fn divergence(set_aside: bool, at: PathBuf, note: Option<Vec<u8>>, mut segments: Vec<Part>) -> Divergence {
+    segments.sort_by_key(|part| part.seq);
+    let epochs = segments.iter().filter_map(|part| Some(part.trailer?.header.epoch));
+    let epoch = epochs.max().unwrap_or_default();
+    let note = String::from_utf8_lossy(&note.unwrap_or_default()).into_owned();
+    Divergence { epoch, set_aside, at, note, segments }
+}
+
+impl Divergence {
+    /// The store as it would be if this had gone on: up to where it begins, and then this. With it the number of the last
+    /// commit that both histories share. What `store` has as the first of it is compared, for those that lie in `log/`
+    /// may have got there.
+    pub async fn beside(
+        &self,
+        ctx: &VolumeContext,
+        store: Arc<dyn Store>,
+    ) -> Result<(OverlayStore, CommitNo)> {
+        let closed: Vec<(&Part, Trailer)> =
+            self.segments.iter().filter_map(|part| Some((part, part.trailer?))).collect();
+        let mut at = 0;
+        for (part, _) in closed.iter().filter(|_| !self.set_aside) {
+            let (tail, _) = part.file.suffix(TRAILER_LEN as u64).map_err(Error::io("read a segment"))?;
+            let ours = tail.first_chunk().map(|bytes| head_of(part.seq, bytes));
+            match stored_head(ctx, &*store, part.seq).await {
+                Ok(there) if Some(there) == ours => at += 1,
+                Ok(_) | Err(Error::Store(StoreError::NotFound { .. })) => break,
+                Err(e) => return Err(e),
+            }
+        }
+        let Some((first, trailer)) = closed.get(at) else {
+            return Err(Error::Refused(format!(
+                "{}: nothing of it is whole and not in the store; what a crash left open is closed by 'accept' or \
+                 'promote'",
+                self.at.display()
+            )));
+        };
+        let shared = match trailer.commit_count {
+            0 => trailer.last_commit,
+            _ => CommitNo(trailer.first_commit.0 - 1),
+        };
+        let front = closed.iter().skip(at).map(|(part, _)| (segment_name(part.seq), part.file.clone()));
+        // A checkpoint of what both share may have been made by the other writer, and then lies in the other history.
+        let mut usable = None;
+        for name in list_checkpoints(&*store).await? {
+            let old = checkpoint::commit_of(&name).is_some_and(|no| no <= shared);
+            if old
+                && let Ok(root) = stored_root(ctx, &*store, &name).await
+                && root.root_seq < first.seq
+            {
+                usable = checkpoint::commit_of(&name);
+                break;
+            }
+        }
+        let begin = segment_name(first.seq);
+        let hidden = move |name: &str| {
+            (name.starts_with("log/") && name >= begin.as_str())
+                || checkpoint::commit_of(name).is_some_and(|no| Some(no) > usable)
+        };
+        Ok((OverlayStore::new(store, front.collect(), Box::new(hidden)), shared))
+    }
 }

@@ -1,8 +1,7 @@
 //! What a store tells about its volume to somebody who does not mount it.
 //! Invariant: only what is signed by the volume's writer is believed.
 
-use super::opening::context;
-use super::opening::list_checkpoints;
+use super::opening::{context, list_checkpoints, stored_root};
 use crate::crypto::keyfile::KeyFile;
 use crate::log::chain::ChainStart;
 use crate::log::listing::list_newest;
@@ -60,10 +59,10 @@ async fn checkpoint_before(
     let (mut low, mut high, mut best) = (0, names.len(), ChainStart::default());
     while let Some(name) = names.get(usize::midpoint(low, high)).filter(|_| low < high) {
         let middle = usize::midpoint(low, high);
-        let (bytes, _) = store.get_suffix(name, 64 << 10).await.map_err(Error::Store)?;
-        match checkpoint::open(&bytes, name, ctx.id, &ctx.key, &ctx.writer_public) {
+        match stored_root(ctx, store, name).await {
+            Err(Error::Store(e)) => return Err(e.into()),
             Ok(root) if root.time < since => {
-                best = ChainStart { replay_seq: root.replay_seq, prev: root.replay_prev };
+                best = root.chain_start();
                 high = middle;
             }
             Ok(_) => low = middle + 1,
@@ -83,10 +82,8 @@ pub async fn summary(store: &dyn Store, key: &KeyFile) -> Result<Summary> {
     let ctx = context(key, &superblock)?;
     let newest_checkpoint = match list_checkpoints(store).await?.first() {
         Some(name) => {
-            let (bytes, _) = store.get_suffix(name, 64 << 10).await.map_err(Error::Store)?;
-            let root = checkpoint::open(&bytes, name, ctx.id, &ctx.key, &ctx.writer_public)?;
-            let start = ChainStart { replay_seq: root.replay_seq, prev: root.replay_prev };
-            Some((root.commit, root.time, start))
+            let root = stored_root(&ctx, store, name).await?;
+            Some((root.commit, root.time, root.chain_start()))
         }
         None => None,
     };

@@ -6,6 +6,7 @@ pub mod divergent;
 pub mod durable;
 mod figures;
 pub mod follow;
+mod handover;
 mod io;
 pub mod listing;
 mod opening;
@@ -20,7 +21,7 @@ pub mod uploader;
 pub mod views;
 pub mod volume;
 
-pub use opening::Version;
+pub use opening::{Version, context_of};
 pub use predecessor::Predecessor;
 pub use trust::{Trust, parse_head};
 

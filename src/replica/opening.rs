@@ -2,6 +2,7 @@
 //! Invariant: home restart, embassy mount and a mount of the past come through here alike; a store that is older
 //! than what this host has seen, or different from it, is refused and said to be so.
 
+use super::divergent;
 use super::trust;
 use super::volume::OpenOptions;
 use crate::clock::Env;
@@ -129,10 +130,7 @@ pub(super) async fn recover(
     version: Version,
 ) -> Result<Opened> {
     let root = newest_checkpoint(ctx, dir, store, version).await?;
-    let start = root.map_or_else(ChainStart::default, |root| ChainStart {
-        replay_seq: root.replay_seq,
-        prev: root.replay_prev,
-    });
+    let start = root.map_or_else(ChainStart::default, |root| root.chain_start());
     let mut replayed = Replayed { map: Delta::new(), weight: 0, limit: memory() / 2 };
     let mut counters = root.map(|root| root.counters);
     let mut time = root.map(|root| root.time);
@@ -262,16 +260,20 @@ async fn newest_checkpoint(
 /// The newest checkpoint in the store, whatever this host holds.
 pub(super) async fn stored_checkpoint(ctx: &VolumeContext, store: &dyn Store) -> Result<Option<Root>> {
     for name in list_checkpoints(store).await? {
-        let (bytes, _) = match store.get_suffix(&name, CHECKPOINT_MAX).await {
-            Err(StoreError::NotFound { .. }) => continue,
-            found => found?,
-        };
-        match checkpoint::open(&bytes, &name, ctx.id, &ctx.key, &ctx.writer_public) {
+        match stored_root(ctx, store, &name).await {
             Ok(root) => return Ok(Some(root)),
+            Err(Error::Store(StoreError::NotFound { .. })) => {}
+            Err(Error::Store(e)) => return Err(e.into()),
             Err(e) => ::log::error!("{e}; passing it over for an older checkpoint"),
         }
     }
     Ok(None)
+}
+
+/// What the checkpoint of that name in the store says.
+pub(super) async fn stored_root(ctx: &VolumeContext, store: &dyn Store, name: &str) -> Result<Root> {
+    let (bytes, _) = store.get_suffix(name, CHECKPOINT_MAX).await?;
+    checkpoint::open(&bytes, name, ctx.id, &ctx.key, &ctx.writer_public)
 }
 
 /// The newest checkpoint made at `at` or before; few requests among many checkpoints (they are in order of time).
@@ -431,6 +433,9 @@ pub(super) async fn find(
 ) -> Result<Found> {
     let (superblock, to_pin) = self::superblock(store, dir, &options.key).await?;
     let ctx = Arc::new(context(&options.key, &superblock)?);
+    if let (Role::Reader, Some(store)) = (role, store) {
+        divergent::refuse_reader(&ctx, dir, store).await?;
+    }
     let opened = recover(&ctx, dir, &options.env, store, role, options.version).await?;
     if let (Role::Reader, Some(store)) = (role, store) {
         let head = opened.recovered.head;
@@ -443,6 +448,12 @@ pub(super) async fn find(
             .await?;
     }
     Ok(Found { superblock, to_pin, ctx, opened })
+}
+
+/// What the log is read with, from the store's superblock.
+pub async fn context_of(store: &dyn Store, key: &KeyFile) -> Result<VolumeContext> {
+    let (superblock, _) = crate::ops::init::load_superblock(store, key).await?;
+    context(key, &superblock)
 }
 
 pub(super) fn context(key: &KeyFile, superblock: &Superblock) -> Result<VolumeContext> {

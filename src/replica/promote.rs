@@ -5,17 +5,18 @@
 //! as long as it may have been put no other takes its number.
 
 use super::divergent::{FENCED, Standing, marked, newest_end, set_aside};
-use super::opening::{self, context};
-use super::proof::ProvenStore;
+use super::opening::{self, Version, context};
+use super::proof::{ProvenStore, Put};
 use super::trust;
 use crate::clock::Env;
 use crate::crypto::keyfile::{KeyFile, Role as KeyRole};
 use crate::log::chain::{self, ChainStart, Walk};
-use crate::log::claim::{About, Mark, Put};
+use crate::log::claim::{self, About, Mark};
+use crate::log::recovery::Role;
 use crate::log::segment::{Kind, VolumeContext, segment_name};
 use crate::log::statedir::StateDir;
 use crate::log::{self, Error, Result};
-use crate::store::{Store, StoreError};
+use crate::store::Store;
 use crate::types::{CommitNo, Epoch, Head, Seq, Timestamp};
 use bytes::Bytes;
 use std::path::PathBuf;
@@ -113,10 +114,7 @@ pub async fn promote(options: &Promotion) -> Result<Report> {
     let store = ProvenStore::new(options.store.clone(), known, options.env.clock.clone());
     store.require().await?;
     let root = opening::stored_checkpoint(&ctx, &*options.store).await?;
-    let start = root.map_or_else(ChainStart::default, |root| ChainStart {
-        replay_seq: root.replay_seq,
-        prev: root.replay_prev,
-    });
+    let start = root.map_or_else(ChainStart::default, |root| root.chain_start());
     let mut walk = chain::end_in_store(&ctx, &*options.store, &start).await?;
     newest_end(&ctx, &*options.store, &mut walk).await?;
     walk.last_time = walk.last_time.or(root.map(|root| root.time));
@@ -146,7 +144,11 @@ pub async fn promote(options: &Promotion) -> Result<Report> {
 
 impl Taking<'_> {
     async fn take(&mut self) -> Result<()> {
-        let standing = Standing::find(&self.ctx, &self.dir, &*self.options.store).await?;
+        let mut standing = Standing::find(&self.ctx, &self.dir, &*self.options.store).await?;
+        if standing.tail.last().is_some_and(|last| last.head.is_none()) {
+            self.close_tail().await;
+            standing = Standing::find(&self.ctx, &self.dir, &*self.options.store).await?;
+        }
         let fenced = self.dir.read(FENCED)?;
         let ends_here = match (&standing.common, standing.tail.first()) {
             (Some(common), _) => common.head == self.walk.head,
@@ -180,16 +182,26 @@ impl Taking<'_> {
         self.claim().await
     }
 
+    /// Gives the segment that a crash left open its end, as the next start of that writer would, so that what is whole of
+    /// it can be read wherever it is set aside.
+    async fn close_tail(&self) {
+        let (ctx, dir, env) = (&self.ctx, &self.dir, &self.options.env);
+        let closed = opening::recover(ctx, dir, env, None, Role::Writer, Version::Newest).await;
+        if let Err(e) = closed {
+            ::log::warn!("the newest segment here is kept as the crash left it: {e}");
+        }
+    }
+
     /// The claim in `log/`, if that is what lies there.
     fn own_claim(&self, seq: Seq) -> Result<Option<Bytes>> {
         let Some(bytes) = self.dir.read(&segment_name(seq))? else { return Ok(None) };
-        let claim = log::claim::read_marked(&self.ctx, seq, &bytes).ok();
+        let claim = claim::read_marked(&self.ctx, seq, &bytes).ok();
         Ok(claim.filter(|claim| claim.kind == Kind::Claim).map(|_| bytes.into()))
     }
 
     /// An earlier try got to its claim, and no further that is known of.
     async fn go_on_with(&mut self, claim: Bytes, seq: Seq) -> Result<()> {
-        let marked = log::claim::read_marked(&self.ctx, seq, &claim)?;
+        let marked = claim::read_marked(&self.ctx, seq, &claim)?;
         if seq == self.walk.place && marked.prev == self.walk.head {
             if self.put(seq, claim).await? {
                 self.won(seq, marked.head, marked.epoch)?;
@@ -271,7 +283,7 @@ impl Taking<'_> {
         let about = if kind == Kind::Claim { About::Claim } else { About::Barrier };
         let (host, text) = (self.options.host.clone(), self.options.reason.clone());
         let mark = Mark { about, time: self.options.env.clock.now(), host, text };
-        let put = Put {
+        let put = claim::Put {
             kind,
             seq,
             epoch: Epoch(self.walk.epoch.0 + 1),
@@ -284,16 +296,7 @@ impl Taking<'_> {
 
     /// True when the store holds these bytes under that number; false when it holds others.
     async fn put(&self, seq: Seq, bytes: Bytes) -> Result<bool> {
-        let name = segment_name(seq);
-        match self.store.put_new(&name, bytes.clone()).await {
-            Ok(()) => Ok(true),
-            // By an earlier try of ours whose answer was lost, or by another.
-            Err(StoreError::AlreadyExists { .. }) => {
-                let (there, size) = self.store.get_suffix(&name, bytes.len() as u64).await?;
-                Ok(size == bytes.len() as u64 && there == bytes)
-            }
-            Err(e) => Err(e.into()),
-        }
+        Ok(self.store.put_ours(&segment_name(seq), bytes).await? == Put::Ours)
     }
 
     fn won(&mut self, seq: Seq, head: Head, epoch: Epoch) -> Result<()> {
@@ -333,11 +336,7 @@ impl Taking<'_> {
 }
 
 /// What the segment says about the log; nothing if it is more than a mark.
-async fn marked_or_none(
-    ctx: &VolumeContext,
-    store: &dyn Store,
-    seq: Seq,
-) -> Result<Option<log::claim::Marked>> {
+async fn marked_or_none(ctx: &VolumeContext, store: &dyn Store, seq: Seq) -> Result<Option<claim::Marked>> {
     match marked(ctx, store, seq).await {
         Ok(found) => Ok(Some(found)),
         Err(Error::Refused(_)) => Ok(None),
@@ -350,7 +349,7 @@ async fn stored(ctx: &VolumeContext, store: &dyn Store, seq: Seq) -> Result<Head
     chain::stored_head(ctx, store, seq).await
 }
 
-fn lost(to: &log::claim::Marked, seq: Seq) -> Error {
+fn lost(to: &claim::Marked, seq: Seq) -> Error {
     let who = match &to.mark {
         Some(mark) => format!("{} ({})", mark.host, mark.text),
         None => "another host".into(),

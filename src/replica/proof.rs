@@ -43,6 +43,15 @@ pub(super) struct ProvenStore {
     proven: Mutex<Option<Duration>>,
 }
 
+/// What lies in a place after a put.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Put {
+    /// What was put.
+    Ours,
+    /// Something else.
+    Taken,
+}
+
 impl ProvenStore {
     pub fn new(inner: Arc<dyn Store>, superblock: Bytes, clock: Arc<dyn Clock>) -> ProvenStore {
         ProvenStore { inner, superblock, clock, proven: Mutex::new(None) }
@@ -85,6 +94,20 @@ impl ProvenStore {
             Ok(Verdict::Kept) | Err(_) => {}
         }
         Ok(())
+    }
+
+    /// Puts a segment that consists of a mark, and says whose the object is that then lies there.
+    pub async fn put_ours(&self, name: &str, bytes: Bytes) -> log::Result<Put> {
+        match self.put_new(name, bytes.clone()).await {
+            Ok(()) => Ok(Put::Ours),
+            // By an earlier try of ours whose answer was lost, or by another.
+            Err(StoreError::AlreadyExists { .. }) => {
+                let (there, size) = self.get_suffix(name, bytes.len() as u64).await?;
+                let ours = size == bytes.len() as u64 && there == bytes;
+                Ok(if ours { Put::Ours } else { Put::Taken })
+            }
+            Err(e) => Err(e.into()),
+        }
     }
 
     /// For who begins something that only put-if-absent makes safe.

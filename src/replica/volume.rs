@@ -92,7 +92,7 @@ pub struct Volume {
     pub(super) reader: Arc<FrameReader>,
     pub(super) ctx: Arc<VolumeContext>,
     pub(super) env: Env,
-    runtime: Io,
+    pub(super) runtime: Io,
     /// What only a writer has.
     pub(super) home: Option<Home>,
     /// What only a reader has that moves on.
@@ -287,7 +287,8 @@ fn admitted(options: &OpenOptions) -> Result<Arc<StateDir>> {
     let dir = Arc::new(StateDir::open_on(options.env.disk.clone(), &options.state)?);
     match dir.read(FENCED)?.filter(|_| !read_only) {
         Some(reason) => Err(Error::Refused(format!(
-            "{}. This was noted in {}: from this state directory nothing is written any more",
+            "{}. This was noted in {}: from this state directory nothing is written any more. 'embassyfs divergence' shows \
+             what was not sent; to write from here again, have the volume handed back and 'accept' it, or 'promote'",
             String::from_utf8_lossy(&reason),
             dir.root().join(FENCED).display()
         ))),

@@ -8,6 +8,7 @@ pub mod fault;
 pub mod local;
 pub mod memory;
 pub mod open;
+pub mod overlay;
 pub mod remote;
 pub mod retry;
 

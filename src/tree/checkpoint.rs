@@ -8,6 +8,7 @@ use crate::clock::Env;
 use crate::crypto::keys::{Purpose, VolumeKey};
 use crate::crypto::seal::{Sealer, TAG_LEN};
 use crate::crypto::sign::{PublicKey, SIGNATURE_LEN, SecretKey};
+use crate::log::chain::ChainStart;
 use crate::log::{Error, Result};
 use crate::types::{CommitNo, FramePtr, Hash, Head, Seq, Timestamp, VolumeId};
 
@@ -46,6 +47,11 @@ pub struct Root {
 }
 
 impl Root {
+    /// Where the log goes on behind it.
+    pub fn chain_start(&self) -> ChainStart {
+        ChainStart { replay_seq: self.replay_seq, prev: self.replay_prev }
+    }
+
     /// The body of the ROOT frame.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(ROOT_LEN);
