@@ -11,10 +11,12 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from harness import Failed, Volume, empty_dir, wait_until
+from harness import Failed, Volume, check, empty_dir, program, run, wait_until
 from registers.register import GONE, body
 
 REASON = "the ministry is under water"
+# Exit code of commands that found what they look for.
+FOUND = 9
 BLOCK, STREAM = 256 << 10, 8 << 20
 
 
@@ -139,3 +141,39 @@ def promote(volume, state, *words, host="luxembourg", ok=True, limit=60):
     more = ["--state", state, "--host", host, "--reason", REASON, "--json", *words]
     done = volume.ask("promote", *more, role="writer", ok=ok, limit=limit)
     return json.loads(done.stdout) if ok else done
+
+
+def divergence(volume, what, state, *words, epoch=None):
+    """What a host had not sent when it lost the volume: the finished command."""
+    command = [*volume.inside, program(), "divergence", what, "--state", state]
+    if what != "list":
+        command += ["--store", volume.url, "--key", volume.key("reader")]
+        command += ["--epoch", epoch] if epoch else []
+    return run(*command, *words, limit=120, ok=None, env=volume.env)
+
+
+def exported(world, state, epoch=None):
+    """The files of an export, by their paths: their contents."""
+    dest = empty_dir(world.directory / "export")
+    done = divergence(world.abroad, "export", state, dest, epoch=epoch)
+    if done.returncode not in (0, FOUND):
+        raise Failed(f"divergence export ended with {done.returncode}: {done.stderr}")
+    files = dest / "files"
+    return {str(path.relative_to(files)): path.read_bytes() for path in files.rglob("*") if path.is_file()}
+
+
+def verified(world, epoch):
+    """There is one chain, says who has only the auditor's key."""
+    done = world.abroad.ask("verify", "--json", role="auditor", ok=None)
+    whole = done.returncode == 0 and not json.loads(done.stdout)["findings"]
+    check(whole, f"one chain, up to epoch {epoch}, verified without keys", done.stdout + done.stderr)
+
+
+def keep(path, data):
+    """A file that is durable when this returns."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    try:
+        os.write(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -17,6 +17,7 @@ import random
 import signal
 import time
 
+from failover import promote
 from harness import FULL, Volume, alive, check, drop_caches, empty_dir, run, say, timed, wait_until
 from registers.databases import Businesses, Land, Taxes
 from registers.files import Census, Identity, Legislation, Pensions
@@ -60,6 +61,7 @@ def main(directory):
         died = kill_home(sites, offices)
         report = {"seed": seed, "died": stamp(died), "registers": {}}
         look(directory, sites, offices, died, report)
+        take_over(offices, report)
         conclude(directory, report)
 
 
@@ -123,6 +125,41 @@ def look(directory, sites, offices, died, report):
     report["mounted_seconds"], report["checked_seconds"] = round(first, 2), round(time.monotonic() - began, 2)
 
 
+def take_over(offices, report):
+    """Every volume changes hands; the databases start on it, every register is checked, and goes on in the embassy."""
+    drop_caches()
+    began = time.monotonic()
+    for office in offices:
+        register, mine, state = office.register, office.report, office.view.state
+        office.began = time.monotonic()
+        mine["promote_seconds"] = round(promote(office.abroad, state)["seconds"], 3)
+        options = (*OPTIONS, f"protection={register.protection}")
+        office.mount, took = timed(lambda o=office: o.abroad.mount("writer", state, options=options))
+        mine["writer_mount_seconds"] = round(took, 3)
+    report["promoted_seconds"] = round(time.monotonic() - began, 2)
+    say(f"all seven promoted and mounted for writing after {report['promoted_seconds']:.2f} s")
+    for office in offices:
+        register, mine = office.register, office.report
+        (cases, what), took = timed(lambda r=register, o=office: r.check(o.mount.point))
+        mine["checked_again_seconds"] = round(took, 2)
+        mine["answered_seconds"] = round(register.answered - office.began, 2) if register.served else ""
+        check(cases == mine["found"], f"{register.name}: as it was found before, on the volume itself: {what}")
+        register.resume(office.mount.point, cases)
+        register.start(office.mount.point)
+    enough = lambda: all(o.register.acknowledged > o.report["found"] or not o.register.thread.is_alive() for o in offices)
+    wait_until(enough, 60, "every register goes on in the embassy")
+    for office in offices:
+        office.register.end()
+        # A register whose server is ended hard must be found whole once more.
+        (cases, what), _ = timed(lambda o=office: o.register.check(o.mount.point))
+        new = office.register.acknowledged - office.report["found"]
+        office.report["new"] = new
+        check(new > 0 and cases >= office.register.acknowledged, f"{office.register.name}: {new} new cases: {what}")
+        office.register.close()
+        office.mount.umount()
+    report["resumed_seconds"] = round(time.monotonic() - began, 2)
+
+
 def newest_time(versions):
     """When the newest commit was made, in seconds since 1970."""
     listed = versions["versions"] if isinstance(versions, dict) else versions
@@ -154,13 +191,23 @@ def conclude(directory, report):
         "# Rehearsal of a failover",
         "",
         f"Home died at {report['died']}. All volumes were mounted read-only {report['mounted_seconds']} s later, all",
-        f"registers checked after {report['checked_seconds']} s. Seed {report['seed']}.",
+        f"registers checked after {report['checked_seconds']} s. In the second round all were promoted and mounted for",
+        f"writing after {report['promoted_seconds']} s, and all had worked on after {report['resumed_seconds']} s.",
+        f"Seed {report['seed']}.",
         "",
         "| register | level | promised | found | lost | RPO, s | mount, s | check, s | what was found |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, mine in report["registers"].items():
         figures = ("level", "promised", "found", "lost", "rpo_seconds", "mount_seconds", "checked_seconds", "what")
+        lines.append(f"| {name} | " + " | ".join(str(mine[figure]) for figure in figures) + " |")
+    lines += [
+        "",
+        "| register | promote, s | mount for writing, s | database answers after, s | check, s | new cases |",
+        "|---|---|---|---|---|---|",
+    ]
+    figures = ("promote_seconds", "writer_mount_seconds", "answered_seconds", "checked_again_seconds", "new")
+    for name, mine in report["registers"].items():
         lines.append(f"| {name} | " + " | ".join(str(mine[figure]) for figure in figures) + " |")
     (out / "report.md").write_text("\n".join(lines) + "\n")
     say(f"report: {out}/report.md")

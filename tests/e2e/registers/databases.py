@@ -5,6 +5,7 @@ Invariant: a case is acknowledged when the database has said so to its client, a
 
 import sqlite3
 import subprocess
+import time
 
 import postgres
 
@@ -67,9 +68,16 @@ class PostgresRegister(Register):
         self.close()
         self.serve(point / "data")
         self.server.start()
+        self.answered = time.monotonic()
         found = self.ask(point)
         self.server.stop()
         return found
+
+    def resume(self, point, cases):
+        super().resume(point, cases)
+        self.serve(point / "data")
+        self.server.start()
+        self.client = Client(self.server)
 
     def close(self):
         if self.client:
@@ -159,6 +167,10 @@ class Businesses(Register):
             base.execute("create table company (number integer primary key, sha256 text not null)")
         base.close()
         sync_dir(point)
+
+    def resume(self, point, cases):
+        super().resume(point, cases)
+        self.base = None
 
     def document(self, point, n):
         return point / "documents" / f"{n}.xml"

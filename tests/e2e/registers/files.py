@@ -46,6 +46,12 @@ class Identity(Register):
         sync_dir(point)
         self.acknowledged += self.batch
 
+    def resume(self, point, cases):
+        """What was begun behind the last whole document is begun anew."""
+        super().resume(point, cases)
+        for n in range(cases + 1, cases + self.batch + 1):
+            self.place(point, n).unlink(missing_ok=True)
+
     def check(self, point):
         found = {}
         for directory, _, names in os.walk(point):
@@ -138,6 +144,12 @@ class Legislation(Register):
         # The last thing that git does is a rename, which it does not sync.
         sync_dir(point / "acts" / ".git")
         self.acknowledged = n
+
+    def resume(self, point, cases):
+        """Whoever held a lock is dead."""
+        super().resume(point, cases)
+        for lock in (point / "acts" / ".git").rglob("*.lock"):
+            lock.unlink()
 
     def check(self, point):
         self.git(point, "fsck", "--full", "--strict")

@@ -72,6 +72,10 @@ class Register:
     def prepare(self, point):
         """The register before the first case is entered."""
 
+    def resume(self, point, cases):
+        """Makes the register ready to go on behind so many cases, elsewhere and after a crash."""
+        self.acknowledged = cases
+
     def start(self, point):
         self.stopping.clear()
         self.thread = threading.Thread(target=self.run, args=(point,), daemon=True)
