@@ -186,6 +186,11 @@ class Census(Register):
         sync_dir(point)
         self.acknowledged = column
 
+    def resume(self, point, cases):
+        """The embassy has some more to load."""
+        super().resume(point, cases)
+        self.size = {**self.size, "columns": cases + 2}
+
     def check(self, point):
         columns = sorted(point.glob("column-*.bin"))
         found = 0
