@@ -61,6 +61,7 @@ CASES = {
 # What takes too long to be made ready for each change: run when it is named (docs/testing.md).
 ON_DEMAND = {
     "garage": (900, [None]),
+    "rpo_rto": (1800, [None]),
 }
 
 
