@@ -116,11 +116,12 @@ def holds(path, size):
 
 
 class World:
-    """A volume: home writes to it over the long link, the embassy lives beside it."""
+    """A volume: home writes to it over a long link of its own, the embassy lives beside it."""
 
     def __init__(self, directory, sites, name):
-        self.directory, self.sites = empty_dir(directory / name), sites
-        self.home = Volume(self.directory, f"s3://land/{name}", sites.environment(at_home=True), inside=sites.home)
+        self.directory, self.sites, self.link = empty_dir(directory / name), sites, sites.another_link()
+        environment = sites.environment(at_home=True, link=self.link)
+        self.home = Volume(self.directory, f"s3://land/{name}", environment, inside=sites.home)
         self.home.init()
         self.abroad = self.home.at(self.home.url, sites.environment(at_home=False), inside=sites.embassy)
         self.objects = sites.root / "land" / name

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
@@ -37,9 +38,34 @@ def program():
     return path
 
 
+# Which of several scenes that run side by side a thread belongs to.
+LANE = threading.local()
+
+
 def say(text):
     """One line of the case's story."""
-    print(f"    {text}\n", end="", flush=True)  # in one piece: scenes run side by side
+    lane = getattr(LANE, "name", "")
+    print(f"    {lane}{text}\n", end="", flush=True)  # in one piece: scenes run side by side
+
+
+def side_by_side(scenes):
+    """Runs scenes, by their names, at once: most of each is waiting. All come to their end before one fails the case."""
+
+    def scene(name, call):
+        LANE.name = f"{name}: "
+        return call()
+
+    with ThreadPoolExecutor(len(scenes)) as pool:
+        running = {name: pool.submit(scene, name, call) for name, call in scenes.items()}
+    failures = []
+    for name, future in running.items():
+        try:
+            future.result()
+        except Failed as e:
+            failures.append(f"{name}: {e}")
+            say(f"FAILED  {failures[-1]}")
+    if failures:
+        raise Failed("; ".join(failures))
 
 
 def check(holds, claim, detail=""):

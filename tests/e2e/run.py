@@ -49,7 +49,7 @@ CASES = {
     "upgrade": (180, [None]),
     "rehearsal": (300, [None]),
     "follow": (120, [None]),
-    "promote": (120, ["alive", "again", "far", "back"]),
+    "promote": (180, ["alive", "others"]),
     "malicious_host": (60, [None]),
     "crash_remount": (120, [None]),
     "spool": (180, ["full", "fails"]),

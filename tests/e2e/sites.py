@@ -36,14 +36,19 @@ class Sites:
         self.root, server = stack.enter_context(s3_server(empty_dir(directory / "abroad"), self.embassy))
         gate = stack.enter_context(contextlib.closing(Helper(Path(__file__).with_name("gate.py"), server, inside=self.embassy)))
         self.port = gate.first["port"]
-        self.link = stack.enter_context(
-            contextlib.closing(Proxy(self.port, host=f"{NETWORK}.2", inside=self.embassy))
-        )
-        self.link.set("pass", delay=ONE_WAY, rate=rate)
+        self.stack = stack
+        self.link = self.another_link(rate)
 
-    def environment(self, at_home):
+    def another_link(self, rate=None):
+        """A link that can be disturbed by itself."""
+        link = Proxy(self.port, host=f"{NETWORK}.2", inside=self.embassy)
+        self.stack.callback(link.close)
+        link.set("pass", delay=ONE_WAY, rate=rate)
+        return link
+
+    def environment(self, at_home, link=None):
         """How the store is reached from a site."""
-        return s3_environment(self.link.port, f"{NETWORK}.2") if at_home else s3_environment(self.port)
+        return s3_environment((link or self.link).port, f"{NETWORK}.2") if at_home else s3_environment(self.port)
 
     def part(self):
         """The cable is pulled: home is heard no more."""

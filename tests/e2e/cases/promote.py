@@ -16,7 +16,7 @@ import time
 
 from cases import promote_again, promote_back
 from failover import FOUND, REASON, STREAM, Clerks, World, contents, divergence, exported, keep, missing, promote, verified
-from harness import FULL, check, program, run, timed, wait_until
+from harness import FULL, check, program, run, side_by_side, timed, wait_until
 from sites import ONE_WAY, Sites
 
 ROUNDS = 10 if FULL else 1
@@ -29,14 +29,39 @@ FAR = 0.3
 def main(directory, scene):
     with contextlib.ExitStack() as stack:
         sites = Sites(directory, stack)
-        if scene != "alive":
-            scenes = {"again": promote_again.main, "far": promote_again.from_afar, "back": promote_back.main}
-            return scenes[scene](directory, sites)
+        if scene == "others":
+            return others(directory, sites)
         for n in range(ROUNDS):
-            under_load(World(directory, sites, f"good{n}"), "a good link", contextlib.nullcontext(), FENCED_WITHIN)
-            under_load(World(directory, sites, f"flaps{n}"), "a link that flaps", flapping(sites.link), 3 * FENCED_WITHIN)
-            under_load(World(directory, sites, f"flight{n}"), "uploads under way", slow(sites.link), FENCED_WITHIN + 10 * FAR)
-            cut_off(World(directory, sites, f"silent{n}"))
+            alive(directory, sites, n)
+
+
+def alive(directory, sites, n):
+    """Home is alive, over links of each kind."""
+    world = lambda name: World(directory, sites, f"{name}{n}")
+    side_by_side({
+        "good link": lambda: under_load(world("good"), "a good link", good, FENCED_WITHIN),
+        "flapping link": lambda: under_load(world("flaps"), "a link that flaps", flapping, 3 * FENCED_WITHIN),
+        "slow uploads": lambda: under_load(world("slow"), "uploads under way", slow, FENCED_WITHIN + 10 * FAR),
+        "cut off": lambda: cut_off(world("silent")),
+    })  # fmt: skip
+
+
+def others(directory, sites):
+    """What else can be in the way. Nothing waits for the other."""
+    world = lambda name: World(directory, sites, name)
+    side_by_side({
+        "race": lambda: promote_again.races(world("races")),
+        "killed": lambda: promote_again.killed(world("killed")),
+        "refused": lambda: promote_again.refusals(world("refused")),
+        "from afar": lambda: promote_again.from_afar(world("far")),
+        "onlooker": lambda: promote_back.onlooker(world("onlooker")),
+        "there and back": lambda: promote_back.there_and_back(world("back")),
+    })  # fmt: skip
+
+
+@contextlib.contextmanager
+def good(_):
+    yield
 
 
 @contextlib.contextmanager
@@ -76,7 +101,7 @@ def under_load(world, what, disturbance, limit):
     clerks = Clerks(home.point)
     clerks.at_work()
     opened = os.open(home.point / "a/0", os.O_WRONLY)
-    with disturbance:
+    with disturbance(world.link):
         before = len(clerks.promised())
         wait_until(lambda: len(clerks.promised()) > before, 30, f"{what}: home goes on")
         report, took = timed(lambda: promote(world.abroad, world.state("embassy")))
@@ -158,7 +183,7 @@ def cut_off(world):
     home = world.mount_home("protection=strict")
     (home.point / "before").write_bytes(b"before")
     home.sync()
-    world.sites.link.set("hang")
+    world.link.set("hang")
     ends = {}
 
     def insist(n):
@@ -173,7 +198,7 @@ def cut_off(world):
     wait_until(lambda: home.status()["waiting"] == 3 and home.status()["unsent_segments"] > 0, 20, "three wait")
     report, took = timed(lambda: promote(world.abroad, world.state("embassy")))
     check(not report["home_alive"] and not ends, f"cut off: promoted in {took:.2f} s, while three wait in fsync at home")
-    world.sites.link.set("pass", delay=ONE_WAY)
+    world.link.set("pass", delay=ONE_WAY)
     back = time.monotonic()
     wait_until(lambda: len(ends) == 3, 30, "the three fsyncs end")
     errors = {error for error, _ in ends.values()}

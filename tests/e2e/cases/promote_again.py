@@ -3,7 +3,6 @@
 Invariant: how often the volume has changed hands is read off the claims in the store, not off what the commands say.
 """
 
-import contextlib
 import json
 import os
 import random
@@ -12,9 +11,8 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from failover import Clerks, World, missing, promote, verified
-from harness import FULL, check, mounted, program, run, s3_environment, say, timed, wait_until
-from proxy import Proxy
+from failover import Clerks, missing, promote, verified
+from harness import FULL, check, mounted, program, run, say, timed, wait_until
 from sites import ONE_WAY
 
 RACES, KILLS = (25, 60) if FULL else (3, 8)
@@ -26,33 +24,18 @@ FAR_LIMIT = 30
 DOWN = ("cut", "hang", "503", "403", "garbage") if FULL else ("cut", "hang")
 
 
-def main(directory, sites):
-    with contextlib.ExitStack() as stack:
-        # It takes its time to give up: meanwhile the others.
-        refused = World(directory, sites, "refused")
-        pool = stack.enter_context(ThreadPoolExecutor(len(DOWN)))
-        without_store = {mode: pool.submit(no_store, refused, mode, stack) for mode in DOWN}
-        world = World(directory, sites, "races")
-        winner = races(world)
-        twice(world, winner)
-        killed(World(directory, sites, "killed"))
-        refusals(refused, without_store)
-
-
-def no_store(world, mode, stack):
+def no_store(world, mode):
     """The command where the store does not answer: how it ends, and after how long."""
-    link = Proxy(world.sites.port, inside=world.sites.embassy)
-    stack.callback(link.close)
+    link = world.sites.another_link()
     link.set(mode)
-    volume = world.abroad.at(world.abroad.url, s3_environment(link.port))
+    volume = world.home.at(world.home.url, world.sites.environment(at_home=True, link=link))
     return timed(lambda: promote(volume, world.state(mode), ok=None, limit=GIVES_UP))
 
 
-def from_afar(directory, sites):
+def from_afar(world):
     """As far from the store as home, and home fast: the one that takes over must not run after it for ever."""
-    world = World(directory, sites, "far")
     home = world.mount_home("protection=strict")
-    world.sites.link.set("pass", delay=FAR, open="resume")
+    world.link.set("pass", delay=FAR, open="resume")
     clerks = Clerks(home.point)
     clerks.at_work()
     report, took = timed(lambda: promote(world.home, world.state("far"), limit=FAR_LIMIT))
@@ -60,7 +43,7 @@ def from_afar(directory, sites):
     check(report["outcome"] == "promoted", f"from as far as home: promoted after {took:.1f} s, {barred}")
     wait_until(lambda: home.status()["fenced"], 30, "home is fenced")
     clerks.end(30)
-    world.sites.link.set("pass", delay=ONE_WAY, open="resume")
+    world.link.set("pass", delay=ONE_WAY, open="resume")
     embassy = world.abroad.embassy()
     lost = missing(embassy.point, clerks.promised())
     check(not lost, f"all {len(clerks.promised())} files that home was promised are there", str(lost[:5]))
@@ -97,7 +80,7 @@ def start(volume, state, host):
 
 
 def races(world):
-    """Two at once, again and again; home is alive in the first of them. Gives the state directory that has won."""
+    """Two at once, again and again; home is alive in the first of them."""
     home = world.mount_home("protection=strict")
     clerks = Clerks(home.point)
     clerks.at_work()
@@ -126,16 +109,16 @@ def races(world):
         if n == 0:
             clerks.end(30)
             run(program(), "umount", home.point, limit=120, ok=None)
-            world.sites.link.set("pass", delay=FAR, open="resume")
+            world.link.set("pass", delay=FAR, open="resume")
     check(met > RACES // 2, f"in {met} of {RACES} races the two met")
-    world.sites.link.set("pass", delay=ONE_WAY, open="resume")
+    world.link.set("pass", delay=ONE_WAY, open="resume")
     embassy = world.abroad.embassy()
     lost = missing(embassy.point, clerks.promised())
     there = [n for n in range(RACES) if (embassy.point / f"won{n}").read_bytes() == b"won"]
     check(not lost and len(there) == RACES, "all that was promised is there, home's and each winner's", str(lost[:5]))
     embassy.umount()
     verified(world, epoch(world))
-    return states[best]
+    twice(world, states[best])
 
 
 def twice(world, state):
@@ -157,7 +140,7 @@ def killed(world):
     home = world.mount_home("protection=strict")
     (home.point / "file").write_bytes(b"file")
     home.umount()
-    world.sites.link.set("pass", delay=FAR, open="resume")
+    world.link.set("pass", delay=FAR, open="resume")
     _, whole = timed(lambda: promote(world.home, world.state("measured")))
     draw, ends = random.Random(os.environ.get("E2E_SEED")), {}
     for n in range(KILLS):
@@ -176,19 +159,21 @@ def killed(world):
             mount = world.abroad.mount("after", state, options=["protection=strict"])
             check((mount.point / "file").read_bytes() == b"file", "and it is the writer")
             mount.umount()
-    world.sites.link.set("pass", delay=ONE_WAY, open="resume")
+    world.link.set("pass", delay=ONE_WAY, open="resume")
     say(f"{KILLS} kills in {whole:.2f} s: {ends}")
     verified(world, epoch(world))
 
 
-def refusals(world, without_store):
+def refusals(world):
     """Without the right, without a store or beside a mount nothing is changed."""
     home = world.mount_home("protection=strict")
     (home.point / "file").write_bytes(b"file")
     home.sync()
     before = world.segments()
+    with ThreadPoolExecutor(len(DOWN)) as pool:
+        without_store = {mode: pool.submit(no_store, world, mode) for mode in DOWN}
     for mode, down in without_store.items():
-        (done, took), state = down.result(GIVES_UP), world.state(mode)
+        (done, took), state = down.result(), world.state(mode)
         said = done.stderr.strip()
         told = done.returncode == 7 and "panicked" not in said and "the store" in said and "gave up" in said
         check(told, f"the store {mode}: exit code 7 after {took:.1f} s", f"{done.returncode} {said}")

@@ -5,18 +5,13 @@ Invariant: what each writer was promised in its time is there in the end, and no
 
 import json
 
-from failover import Clerks, World, exported, keep, missing, promote, verified
+from failover import Clerks, exported, keep, missing, promote, verified
 from harness import FULL, check, mounted, program, run, timed, wait_until
 from sites import ONE_WAY
 
 # Failovers, each with its way back.
 TURNS = 6 if FULL else 1
 SEEN_WITHIN = 10
-
-
-def main(directory, sites):
-    onlooker(World(directory, sites, "onlooker"))
-    there_and_back(World(directory, sites, "back"))
 
 
 def onlooker(world):
@@ -80,7 +75,7 @@ def there_and_back(world):
 def failover(story, home):
     """Home is cut off with something unsent; the embassy takes over, with the state directory that it has."""
     world = story.world
-    world.sites.link.set("hang")
+    world.link.set("hang")
     name, data = f"tail-{story.epoch}", b"unsent %d" % story.epoch
     (home.point / name).write_bytes(data)
     wait_until(lambda: home.status()["unsent_segments"] > 0, 20, "home has something unsent")
@@ -88,7 +83,7 @@ def failover(story, home):
     report = promote(world.abroad, world.state("embassy"))
     story.epoch += 1
     check(report["outcome"] == "promoted" and report["epoch"] == story.epoch, f"promoted: epoch {story.epoch}", str(report))
-    world.sites.link.set("pass", delay=ONE_WAY)
+    world.link.set("pass", delay=ONE_WAY)
     wait_until(lambda: home.status()["fenced"], 30, "home hears of it")
     done = run(program(), "umount", home.point, limit=120, ok=None)
     check(done.returncode == 8, "home unmounts with exit code 8", done.stderr)
