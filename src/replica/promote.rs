@@ -50,7 +50,7 @@ pub struct Promotion {
 }
 
 /// What came of it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Came {
     /// This host is the writer from here on.
     Promoted,
