@@ -9,13 +9,14 @@ use embassyfs::crypto::keys::{Purpose, VolumeKey};
 use embassyfs::crypto::seal::{Sealer, TAG_LEN};
 use embassyfs::crypto::sign::SecretKey;
 use embassyfs::log::chain::ChainStart;
+use embassyfs::log::claim::{About, Mark, Put, read_marked};
 use embassyfs::log::reader::{FrameReader, ReaderLimits};
 use embassyfs::log::recovery::{Role, Step, recover};
-use embassyfs::log::segment::{HEADER_LEN, TRAILER_LEN, VolumeContext};
+use embassyfs::log::segment::{HEADER_LEN, Kind, TRAILER_LEN, VolumeContext};
 use embassyfs::log::statedir::StateDir;
 use embassyfs::log::writer::LogWriter;
 use embassyfs::log::{Append, Frames};
-use embassyfs::types::{CommitNo, Epoch, FrameKind, FramePtr, Seq, Timestamp, VolumeId};
+use embassyfs::types::{CommitNo, Epoch, FrameKind, FramePtr, Hash, Head, Seq, Timestamp, VolumeId};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -210,4 +211,53 @@ fn the_format_document_describes_the_bytes() {
     let trailer_hash = embassyfs::crypto::hash(trailer);
     let trailer = &second[second.len() - 344..];
     assert_eq!((u64_at(trailer, 72), u64_at(trailer, 80), &trailer[88..120]), (1, 1, &trailer_hash.0[..]));
+}
+
+/// A claim, a barrier and a handover, behind a segment that is only named.
+const MARKS: [(&str, Kind, About, u16); 3] = [
+    ("claim", Kind::Claim, About::Claim, 1),
+    ("barrier", Kind::Barrier, About::Barrier, 2),
+    ("handover", Kind::Ordinary, About::Handover, 0),
+];
+
+fn mark_fixture(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/v1/segment-{name}"))
+}
+
+#[test]
+fn segments_that_are_a_mark_are_written_and_read_as_the_format_document_says() {
+    let prev = Head { seq: Seq(2), hash: Hash([0x11; 32]) };
+    for (name, kind, about, number) in MARKS {
+        let mark = Mark { about, time: TIME, host: "embassy".into(), text: "flood".into() };
+        let put = Put {
+            kind,
+            seq: Seq(3),
+            epoch: Epoch(4),
+            prev: Some(prev),
+            last_commit: CommitNo(2),
+            mark: &mark,
+        };
+        let (bytes, head) = put.bytes(&volume(), &env()).unwrap();
+        if std::env::var_os("EMBASSYFS_BLESS").is_some() {
+            std::fs::write(mark_fixture(name), &bytes).unwrap();
+        }
+        let segment = std::fs::read(mark_fixture(name)).unwrap();
+        assert_eq!(bytes, segment, "{name}");
+        let read = read_marked(&volume(), Seq(3), &segment).unwrap();
+        assert_eq!((read.kind, read.epoch, read.head, read.prev), (kind, Epoch(4), head, Some(prev)));
+        assert_eq!((read.last_commit, read.mark), (CommitNo(2), Some(mark)));
+
+        assert_eq!((u64_at(&segment, 32), u32_at(&segment, 40)), (3, 4));
+        let (frame, flags, plain) = open_by_the_book(&segment, 96, false);
+        assert_eq!((frame, flags, plain.len()), (5, 0, 2 + 12 + 2 + 7 + 2 + 5));
+        assert_eq!((plain[0], plain[1]), (1, about as u8));
+        assert_eq!((u64_at(&plain, 2), u32_at(&plain, 10)), (u64::MAX, 500_000_000));
+        assert_eq!((&plain[14..16], &plain[16..23]), (&[7, 0][..], &b"embassy"[..]));
+        assert_eq!((&plain[23..25], &plain[25..]), (&[5, 0][..], &b"flood"[..]));
+        let trailer = &segment[segment.len() - 344..];
+        assert_eq!(trailer[10..12], number.to_le_bytes());
+        assert_eq!([u32_at(trailer, 20), u32_at(trailer, 24)], [1, 0]);
+        assert_eq!([u64_at(trailer, 32), u64_at(trailer, 40), u64_at(trailer, 72)], [0, 2, 2]);
+        assert_eq!((u64_at(trailer, 80), &trailer[88..120]), (2, &[0x11; 32][..]));
+    }
 }

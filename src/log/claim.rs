@@ -80,7 +80,8 @@ impl Mark {
 
 /// As much of the text as a mark holds.
 fn cut(text: &str) -> &str {
-    text.get(..text.floor_char_boundary(TEXT_MAX)).unwrap_or_default()
+    let end = (0..=text.len().min(TEXT_MAX)).rev().find(|at| text.is_char_boundary(*at));
+    text.get(..end.unwrap_or(0)).unwrap_or_default()
 }
 
 /// Where a claim or a barrier goes, and what it says.

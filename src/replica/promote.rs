@@ -50,7 +50,7 @@ pub struct Promotion {
 }
 
 /// What came of it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Came {
     /// This host is the writer from here on.
     Promoted,
@@ -253,8 +253,6 @@ impl Taking<'_> {
             if self.options.accept.is_some() && self.walk.head != head_before {
                 return Err(Error::Refused("the volume was handed over, and yet something was put".into()));
             }
-            let (commit, time) = (self.walk.last_commit, self.walk.last_time);
-            (self.report.commit, self.report.time) = (commit, time.or(self.report.time));
             if n + 1 >= TRIES_BEFORE_BARRIER && self.report.barriers == 0 {
                 self.bar().await?;
             }
@@ -303,6 +301,9 @@ impl Taking<'_> {
         self.drop_fence()?;
         trust::write_pin(&self.dir, head)?;
         (self.report.place, self.report.epoch) = (Some(seq), epoch);
+        // As of the place that was won, and not of the one that was tried first.
+        let (commit, time) = (self.walk.last_commit, self.walk.last_time);
+        (self.report.commit, self.report.time) = (commit, time.or(self.report.time));
         Ok(())
     }
 
