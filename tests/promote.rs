@@ -15,7 +15,7 @@ use embassyfs::ops::init::{READER_KEY, WRITER_KEY};
 use embassyfs::replica::divergent::divergences;
 use embassyfs::replica::promote::{Came, Promotion, Report, promote};
 use embassyfs::replica::volume::{OpenOptions, Volume};
-use embassyfs::replica::{Version, context_of};
+use embassyfs::replica::{Trust, Version, context_of};
 use embassyfs::store::{ObjectInfo, Store, StoreError};
 use embassyfs::tree::value::FileType;
 use embassyfs::types::{Epoch, Ino};
@@ -35,6 +35,7 @@ fn promotion(world: &World, state: &str, accept: Option<&str>) -> Promotion {
         host: state.into(),
         reason: "a test".into(),
         accept: accept.map(str::to_owned),
+        trust: Trust::default(),
     }
 }
 
@@ -299,4 +300,39 @@ fn a_home_that_is_always_faster_is_stopped_by_a_barrier_and_followers_go_past_it
     let fresh = world.embassy("fresh", Version::Newest).unwrap();
     assert_eq!(names(&world, &fresh), names(&world, &abroad));
     abroad.close(LONG);
+}
+
+#[test]
+fn a_store_that_was_rolled_back_is_not_taken() {
+    let world = World::new(Parameters::default());
+    let home = world.home();
+    create(&world, &home, Ino::ROOT, "a", b"1");
+    world.sync(&home);
+    create(&world, &home, Ino::ROOT, "b", b"2");
+    world.sync(&home);
+    let head = home.durable().unwrap().snapshot().remote_head.unwrap();
+    drop(world.embassy("standby", Version::Newest).unwrap()); // which remembers what it has seen
+    home.close(LONG);
+    drop(home);
+    for name in std::fs::read_dir(world.state("store").join("log")).unwrap() {
+        let path = name.unwrap().path();
+        if u64::from_str_radix(path.file_name().unwrap().to_str().unwrap(), 16).unwrap() >= head.seq.0 {
+            std::fs::remove_file(path).unwrap();
+        }
+    }
+    std::fs::remove_dir_all(world.state("store").join("checkpoint")).unwrap();
+    let expecting = Trust { expect: Some(head), max_age: None };
+    for (state, trust) in [("standby", Trust::default()), ("new", expecting)] {
+        let promotion = Promotion { trust, ..promotion(&world, state, None) };
+        let why = world.runtime.block_on(promote(&promotion)).unwrap_err().to_string();
+        assert!(why.contains("ROLLBACK"), "{why}");
+    }
+    let why = Promotion {
+        trust: Trust { expect: None, max_age: Some(Duration::ZERO) },
+        ..promotion(&world, "other", None)
+    };
+    let why = world.runtime.block_on(promote(&why)).unwrap_err().to_string();
+    assert!(why.contains("FROZEN OR SILENT"), "{why}");
+    // Who knows nothing of it takes what is there.
+    assert_eq!(promoted(&world, "ignorant").came, Came::Promoted);
 }

@@ -2,11 +2,15 @@
 //! Invariant: nothing is mounted; what is done can be done again after a crash at any point.
 
 use super::exit::{ExitCode, Outcome};
+use super::options::parse_duration;
 use super::{StoreArgs, absolute, print, print_json, required, seam};
 use crate::ops::status::rfc3339;
 use crate::replica::promote::{Came, Report};
+use crate::replica::{Trust, parse_head};
+use crate::types::Head;
 use serde_json::json;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// What both commands need.
 #[derive(clap::Args)]
@@ -20,6 +24,13 @@ pub struct TakeArgs {
     /// Nothing is mounted with it.
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
+    /// Take nothing that does not hold this segment: the newest that home, or whoever looked last, knows of ('head' in
+    /// 'status'; 'versions' prints it too). A store that was rolled back is found out so.
+    #[arg(long, value_name = "SEQ:HASH", value_parser = parse_head)]
+    expect: Option<Head>,
+    /// Take nothing whose newest commit is older than this.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    max_age: Option<Duration>,
     /// This host's name, for those who look (default: its host name).
     #[arg(long, value_name = "NAME")]
     host: Option<String>,
@@ -79,7 +90,8 @@ fn run(args: TakeArgs, reason: String, accept: Option<String>) -> Outcome {
     let state = required(args.state.or(config.state), "--state DIR", "state")?;
     let request = seam::StoreRequest { store_url, store_options, key: absolute(&key)? };
     let host = args.host.unwrap_or_else(seam::host_name);
-    let report = seam::promote(&request, absolute(&state)?, host, reason, accept)?;
+    let trust = Trust { expect: args.expect, max_age: args.max_age };
+    let report = seam::promote(&request, absolute(&state)?, host, reason, accept, trust)?;
     match args.json {
         true => print_json(&as_json(&report))?,
         false => tell(&report, &state.display().to_string()),

@@ -276,10 +276,11 @@ pub fn promote(
     host: String,
     reason: String,
     accept: Option<String>,
+    trust: Trust,
 ) -> Result<promote::Report, Failure> {
     let key = load_key(&request.key, Role::Writer)?;
     let store = open_store(&request.store_url, &request.store_options)?;
-    let options = promote::Promotion { store, key, state, env: Env::system(), host, reason, accept };
+    let options = promote::Promotion { store, key, state, env: Env::system(), host, reason, accept, trust };
     runtime()?.block_on(promote::promote(&options)).map_err(|e| failure(&e))
 }
 

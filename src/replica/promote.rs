@@ -7,7 +7,7 @@
 use super::divergent::{FENCED, Standing, marked, newest_end, set_aside};
 use super::opening::{self, Version, context};
 use super::proof::{ProvenStore, Put};
-use super::trust;
+use super::trust::{self, Trust};
 use crate::clock::Env;
 use crate::crypto::keyfile::{KeyFile, Role as KeyRole};
 use crate::log::chain::{self, ChainStart, Walk};
@@ -47,6 +47,8 @@ pub struct Promotion {
     pub reason: String,
     /// Only if the writer before has handed the volume over to this name.
     pub accept: Option<String>,
+    /// What the chain must hold, and how old its newest commit may be.
+    pub trust: Trust,
 }
 
 /// What came of it.
@@ -119,6 +121,8 @@ pub async fn promote(options: &Promotion) -> Result<Report> {
     newest_end(&ctx, &*options.store, &mut walk).await?;
     walk.last_time = walk.last_time.or(root.map(|root| root.time));
     trust::check_pin(&ctx, &dir, &*options.store, walk.head).await?;
+    options.trust.check_expected(&ctx, &*options.store, walk.head).await?;
+    options.trust.check_age(walk.last_time, options.env.clock.now())?;
     let report = Report {
         came: Came::Promoted,
         volume: superblock.name,

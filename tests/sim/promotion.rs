@@ -11,8 +11,8 @@ use embassyfs::clock::Env;
 use embassyfs::fs::Caller;
 use embassyfs::log::Error;
 use embassyfs::ops::init::WRITER_KEY;
-use embassyfs::replica::Version;
 use embassyfs::replica::promote::{Came, Promotion, Report, promote};
+use embassyfs::replica::{Trust, Version};
 use embassyfs::store::retry::{RetryPolicy, RetryStore};
 use embassyfs::tree::value::FileType;
 use embassyfs::types::{CommitNo, Ino};
@@ -211,6 +211,7 @@ impl Standby {
             host: self.name.clone(),
             reason: "a storm".into(),
             accept: None,
+            trust: Trust::default(),
         };
         world.runtime.spawn(async move { promote(&options).await })
     }
