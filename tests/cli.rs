@@ -136,9 +136,21 @@ fn help_version_and_manual() {
     let place = Place::new();
     assert!(place.run(&["--version"]).expect(0).out().starts_with("embassyfs "));
     assert!(place.run(&["--help"]).expect(0).out().contains("Examples:"));
-    for command in
-        ["init", "mount", "umount", "sync", "status", "versions", "diff", "restore", "verify", "recover-key"]
-    {
+    for command in [
+        "init",
+        "mount",
+        "umount",
+        "sync",
+        "status",
+        "versions",
+        "diff",
+        "restore",
+        "verify",
+        "receipt",
+        "manifest",
+        "drill",
+        "recover-key",
+    ] {
         assert!(place.run(&[command, "--help"]).expect(0).out().contains("Examples:"), "{command}");
     }
     assert!(place.run(&["mount", "--help"]).out().contains("protection=LEVEL"));

@@ -5,11 +5,14 @@ pub mod config;
 pub mod daemon;
 pub mod diff;
 pub mod divergence;
+pub mod drill;
+mod elsewhere;
 pub mod exit;
 pub mod handover;
 pub mod init;
 pub mod logging;
 pub mod man;
+pub mod manifest;
 pub mod mount;
 pub mod mount_helper;
 pub mod mounted;
@@ -18,6 +21,7 @@ mod passing;
 pub mod progress;
 pub mod promote;
 pub mod reading;
+pub mod receipt;
 pub mod recover_key;
 mod relay;
 pub mod restore;
@@ -85,6 +89,9 @@ enum Command {
     Handover(handover::HandoverArgs),
     Accept(promote::AcceptArgs),
     Divergence(divergence::DivergenceArgs),
+    Receipt(receipt::ReceiptArgs),
+    Manifest(manifest::ManifestArgs),
+    Drill(drill::DrillArgs),
     RecoverKey(recover_key::RecoverKeyArgs),
     /// What a daemon starts to go on with its mount.
     #[command(hide = true)]
@@ -208,6 +215,9 @@ fn dispatch(args: Vec<OsString>) -> exit::Outcome {
         Command::Handover(args) => handover::run(args),
         Command::Accept(args) => promote::accept(args),
         Command::Divergence(args) => divergence::run(args),
+        Command::Receipt(args) => receipt::run(args),
+        Command::Manifest(args) => manifest::run(args),
+        Command::Drill(args) => drill::run(args),
         Command::RecoverKey(args) => recover_key::run(args),
         Command::Man(args) => man::run(args),
         Command::MountHelper(args) => mount_helper::run(args.words),

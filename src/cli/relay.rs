@@ -13,6 +13,7 @@ use crate::fuse::connection::{Connection, Greeting, Switch};
 use crate::fuse::mount::Pidfd;
 use crate::fuse::pass::send_fd;
 use crate::ops::control::Control;
+use crate::ops::receipt::Asked;
 use crate::ops::status::Status;
 use crate::replica::Predecessor;
 use crate::types::CommitNo;
@@ -262,6 +263,10 @@ impl Control for Interlude {
     }
 
     fn sync(&self, _: Duration, _: &mut dyn FnMut(&Status)) -> Result<Status, String> {
+        Err("another process goes on with the mount; ask again".into())
+    }
+
+    fn sign(&self, _: &Asked, _: Duration) -> Result<String, String> {
         Err("another process goes on with the mount; ask again".into())
     }
 

@@ -16,6 +16,7 @@ use crate::fuse::connection::{Connection, Greeting};
 use crate::fuse::mount::{self as kernel, MountSettings, Unmount, own_ids};
 use crate::fuse::table;
 use crate::ops::control::{Control, Server, socket_path};
+use crate::ops::receipt::Asked;
 use crate::ops::status::{Ending, Status};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -434,6 +435,10 @@ impl Control for Framed {
         let done = self.inner().hand_over(to, timeout, &mut |status| progress(&self.fill(status.clone())));
         *lock(&self.shipped) = Some(self.clock.monotonic());
         done.map(|status| self.fill(status))
+    }
+
+    fn sign(&self, asked: &Asked, timeout: Duration) -> Result<String, String> {
+        self.inner().sign(asked, timeout)
     }
 
     fn upgrade(&self, program: &Path, _: Duration) -> Result<Status, String> {

@@ -4,7 +4,7 @@
 use super::exit::{ExitCode, Failure};
 use super::options::{At, parse_at};
 use super::seam::{OpenRequest, Served};
-use crate::clock::Env;
+use crate::clock::{Clock, Env};
 use crate::fs::Changed;
 use crate::fuse::adapter::{self, Ended, Ready};
 use crate::fuse::connection::{Connection, Switch};
@@ -13,10 +13,12 @@ use crate::fuse::past::Past;
 use crate::fuse::serve::{Backend, Requests};
 use crate::log::{self, Error};
 use crate::ops::control::Control;
+use crate::ops::receipt::Asked;
 use crate::ops::requests::Watch;
 use crate::ops::status::{CommitPoint, FollowStatus, Status};
 use crate::replica::durable::Protection;
 use crate::replica::follow::{Standing, Trouble};
+use crate::replica::receipt::Patience;
 use crate::replica::volume::Volume;
 use crate::replica::{Predecessor, Version};
 use crate::types::{CommitNo, FramePtr, Timestamp};
@@ -54,10 +56,13 @@ pub(super) struct MountControl {
     /// What came of it.
     handed_over: Mutex<Option<Result<String, String>>>,
     watch: Arc<Watch>,
+    clock: Arc<dyn Clock>,
 }
 
 impl MountControl {
     pub fn new(volume: Arc<Volume>, request: &OpenRequest) -> MountControl {
+        // One for the life of the mount: each `Env::system()` counts from a moment of its own.
+        let clock = Env::system().clock;
         MountControl {
             store: volume.store.describe(),
             state: request.state.display().to_string(),
@@ -66,7 +71,8 @@ impl MountControl {
             leaving: AtomicBool::new(false),
             to: Mutex::new(None),
             handed_over: Mutex::new(None),
-            watch: Watch::new(Env::system().clock),
+            watch: Watch::new(clock.clone()),
+            clock,
             volume,
         }
     }
@@ -99,7 +105,7 @@ impl MountControl {
     /// Hands the volume over that has just been closed, if that was asked for.
     fn give_away(&self) {
         let asked = self.to.lock().take();
-        let now = Env::system().clock.monotonic();
+        let now = self.clock.monotonic();
         if let Some((to, _)) = asked.filter(|(_, when)| now.saturating_sub(*when) < HAND_OVER_WITHIN) {
             let done = self.volume.hand_over(&super::seam::host_name(), &to);
             if let Err(e) = &done {
@@ -236,8 +242,13 @@ impl Control for MountControl {
             return Err(reason);
         }
         self.wait_remote(timeout, progress)?;
-        *self.to.lock() = Some((to.to_owned(), Env::system().clock.monotonic()));
+        *self.to.lock() = Some((to.to_owned(), self.clock.monotonic()));
         Ok(self.status())
+    }
+
+    fn sign(&self, asked: &Asked, timeout: Duration) -> Result<String, String> {
+        let leaving = || self.leaving.load(Ordering::Acquire);
+        self.volume.sign(asked, &Patience { timeout, leaving: &leaving })
     }
 
     fn shutdown(&self, timeout: Duration) -> Result<Status, String> {
@@ -302,11 +313,13 @@ impl Session {
     fn past(&self, requests: &Arc<Requests>) -> Past {
         // What is open must not keep the volume from being closed.
         let (volume, requests) = (Arc::downgrade(&self.control.volume), Arc::downgrade(requests));
+        let clock = self.control.clock.clone();
         Past::new(Box::new(move |name| {
-            let (volume, requests, name) = (volume.upgrade(), requests.upgrade(), name.to_owned());
+            let (volume, requests) = (volume.upgrade(), requests.upgrade());
+            let (name, clock) = (name.to_owned(), clock.clone());
             Box::pin(async move {
                 let (Some(volume), Some(requests)) = (volume, requests) else { return Err(libc::ESTALE) };
-                let version = past_version(&name, Env::system().clock.now())?;
+                let version = past_version(&name, clock.now())?;
                 match volume.version(version).await {
                     Ok((fs, commit, _)) => {
                         ::log::info!("at/{name}: commit {}", commit.0);
@@ -353,7 +366,7 @@ impl Served for Session {
     ) -> Result<Ended, Failure> {
         let backend: Arc<dyn Backend> = self.control.clone();
         let requests = Requests::new(self.control.volume.fs.clone(), backend, self.runtime.handle().clone());
-        let clock = Env::system().clock;
+        let clock = self.control.clock.clone();
         let past = self.past(&requests);
         let shown = (ControlDir::new(control, clock.clone()), past);
         adapter::serve(requests, connection, switch, clock, shown, ready)

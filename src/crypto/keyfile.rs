@@ -4,7 +4,10 @@
 //! when its check value does not fit; no secret is printed, and none stays in memory after it is dropped.
 //! Bytes: `docs/format.md`, "Key files".
 
+mod drill;
 mod text;
+
+pub use drill::DrillKeyFile;
 
 use super::keys::VolumeKey;
 use super::sign::{PublicKey, SecretKey};
@@ -290,7 +293,10 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
 }
 
 fn create(path: &Path, contents: &Contents) -> Result<()> {
-    let text = contents.to_text();
+    create_text(path, &contents.to_text())
+}
+
+fn create_text(path: &Path, text: &str) -> Result<()> {
     let failed = |source| KeyFileError::Io { path: path.to_owned(), source };
     let mut file = match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
         Ok(file) => file,

@@ -143,6 +143,12 @@ pub async fn contains(ctx: &VolumeContext, store: &dyn Store, head: Head) -> Res
     Ok(super::chain::stored_head(ctx, store, head.seq).await? == head)
 }
 
+/// The segment of that number as the store holds it now, and its writer's epoch.
+pub async fn stored(ctx: &VolumeContext, store: &dyn Store, seq: Seq) -> Result<(Head, crate::types::Epoch)> {
+    let end = Source { seq, place: Place::Store(store) }.trailer(ctx).await?;
+    Ok((end.head, end.trailer.header.epoch))
+}
+
 /// What became of one segment's body.
 #[derive(Debug, Default)]
 pub struct Body {

@@ -2,6 +2,7 @@
 //! One JSON line asks; the answer is any number of `{"progress":...}` lines and then one `{"ok":...}` or `{"error":...}`.
 //! Invariant: only the owner of the daemon and root are answered, and no call here waits without a bound.
 
+use super::receipt::Asked;
 use super::status::Status;
 use crate::clock::Clock;
 use crate::types::hex;
@@ -40,6 +41,10 @@ pub trait Control: Send + Sync {
     /// Commits everything applied before the call on this host.
     fn commit(&self, _timeout: Duration) -> Result<(), String> {
         Ok(())
+    }
+    /// Signs a statement about what the store holds. Contents are read from a commit there, never through the mount.
+    fn sign(&self, _asked: &Asked, _timeout: Duration) -> Result<String, String> {
+        Err("this daemon signs nothing".into())
     }
     /// Answers those who wait in [`Control::sync`] and [`Control::shutdown`] at once: nobody here will be able to.
     fn let_go(&self) {}
@@ -89,6 +94,13 @@ pub enum Request {
         /// Bound, in milliseconds.
         timeout_ms: u64,
     },
+    /// [`Control::sign`].
+    Sign {
+        /// What.
+        asked: Asked,
+        /// Bound, in milliseconds.
+        timeout_ms: u64,
+    },
     /// Answers with the last status when the daemon has closed the volume, right before it exits.
     Farewell {
         /// Bound, in milliseconds.
@@ -104,6 +116,7 @@ impl Request {
             | Request::Shutdown { timeout_ms }
             | Request::Upgrade { timeout_ms, .. }
             | Request::HandOver { timeout_ms, .. }
+            | Request::Sign { timeout_ms, .. }
             | Request::Farewell { timeout_ms } => Duration::from_millis(*timeout_ms),
         }
     }
@@ -114,6 +127,7 @@ impl Request {
 enum Reply {
     Progress(Status),
     Ok(Status),
+    Signed(String),
     Error { message: String, status: Option<Status> },
 }
 
@@ -369,7 +383,7 @@ fn serve(stream: &UnixStream, shared: &Arc<Shared>) -> io::Result<()> {
 
 enum Step {
     Progress(Status),
-    Done(Result<Status, String>),
+    Done(Result<Reply, String>),
 }
 
 fn answer(stream: &UnixStream, shared: &Arc<Shared>, request: Request) -> io::Result<Reply> {
@@ -380,7 +394,8 @@ fn answer(stream: &UnixStream, shared: &Arc<Shared>, request: Request) -> io::Re
         Request::Sync { .. }
         | Request::Shutdown { .. }
         | Request::Upgrade { .. }
-        | Request::HandOver { .. } => {}
+        | Request::HandOver { .. }
+        | Request::Sign { .. } => {}
     }
     let (steps, inbox) = mpsc::sync_channel(16);
     let control = shared.control.clone();
@@ -391,10 +406,13 @@ fn answer(stream: &UnixStream, shared: &Arc<Shared>, request: Request) -> io::Re
             let _ = steps.try_send(Step::Progress(s.clone()));
         };
         let result = match request {
-            Request::Sync { .. } => control.sync(timeout, &mut progress),
-            Request::HandOver { to, .. } => control.hand_over(to.as_deref(), timeout, &mut progress),
-            Request::Upgrade { program, .. } => control.upgrade(&program, timeout),
-            _ => control.shutdown(timeout),
+            Request::Sync { .. } => control.sync(timeout, &mut progress).map(Reply::Ok),
+            Request::HandOver { to, .. } => {
+                control.hand_over(to.as_deref(), timeout, &mut progress).map(Reply::Ok)
+            }
+            Request::Upgrade { program, .. } => control.upgrade(&program, timeout).map(Reply::Ok),
+            Request::Sign { asked, .. } => control.sign(&asked, timeout).map(Reply::Signed),
+            _ => control.shutdown(timeout).map(Reply::Ok),
         };
         let _ = steps.send(Step::Done(result));
     })?;
@@ -402,7 +420,7 @@ fn answer(stream: &UnixStream, shared: &Arc<Shared>, request: Request) -> io::Re
         match inbox.recv_timeout(PROGRESS_EVERY) {
             Ok(Step::Progress(status)) => send(stream, &Reply::Progress(status))?,
             Err(RecvTimeoutError::Timeout) => send(stream, &Reply::Progress(shared.control.status()))?,
-            Ok(Step::Done(Ok(status))) => return Ok(Reply::Ok(status)),
+            Ok(Step::Done(Ok(reply))) => return Ok(reply),
             Ok(Step::Done(Err(message))) => {
                 return Ok(Reply::Error { message, status: Some(shared.control.status()) });
             }
@@ -506,6 +524,26 @@ impl Client {
         request: Request,
         progress: &mut dyn FnMut(&Status),
     ) -> Result<Status, ControlError> {
+        match self.exchange(request, progress)? {
+            Reply::Ok(status) => Ok(status),
+            _ => Err(ControlError::NoAnswer("the daemon answers something else".into())),
+        }
+    }
+
+    /// Has the daemon sign something; like [`Client::ask`].
+    pub fn signed(&mut self, asked: Asked, timeout: Duration) -> Result<String, ControlError> {
+        let request = Request::Sign { asked, timeout_ms: timeout.as_millis() as u64 };
+        match self.exchange(request, &mut |_| {})? {
+            Reply::Signed(text) => Ok(text),
+            _ => Err(ControlError::NoAnswer("the daemon answers something else".into())),
+        }
+    }
+
+    fn exchange(
+        &mut self,
+        request: Request,
+        progress: &mut dyn FnMut(&Status),
+    ) -> Result<Reply, ControlError> {
         let no_answer = |e: io::Error| {
             ControlError::NoAnswer(match e.kind() {
                 io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
@@ -526,7 +564,7 @@ impl Client {
             };
             match self.reply(silence).map_err(no_answer)? {
                 Reply::Progress(status) => progress(&status),
-                Reply::Ok(status) => return Ok(status),
+                reply @ (Reply::Ok(_) | Reply::Signed(_)) => return Ok(reply),
                 Reply::Error { message, status } => {
                     return Err(ControlError::Failed { message, status: status.map(Box::new) });
                 }

@@ -4,13 +4,18 @@
 
 pub mod changes;
 pub mod control;
+pub mod drill;
 pub mod init;
+pub mod manifest;
 pub mod metrics;
 pub mod names;
 pub mod place;
 pub mod protection;
 pub mod reader;
+pub mod receipt;
 pub mod requests;
 pub mod restore;
+pub mod signed;
 pub mod status;
 pub mod treecheck;
+pub mod walk;

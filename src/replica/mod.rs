@@ -15,6 +15,7 @@ mod past;
 mod predecessor;
 pub mod promote;
 mod proof;
+pub mod receipt;
 mod space;
 mod trust;
 pub mod uploader;

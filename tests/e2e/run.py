@@ -35,6 +35,8 @@ CASES = {
     "no_plaintext": (180, [None]),
     "at_version": (180, [None]),
     "audit": (180, [None]),
+    "receipt": (120, [None]),
+    "drill": (180, [None]),
     "tamper": (600, ["store", "local"]),
     "control_dir": (120, [None]),
     "store_refusals": (180, [None]),

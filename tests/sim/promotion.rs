@@ -131,7 +131,10 @@ impl Run {
                     Ok(report) => won.push(report),
                     Err(Error::Fenced { .. }) => self.host.world.chance.fault("promotion lost to another"),
                     Err(error) => {
-                        self.host.world.chance.event(&format!("no promotion: {error}"), &[]);
+                        // Its words may name the directory, which is another one in each run.
+                        let told =
+                            error.to_string().replace(&*self.host.world.dir.path().to_string_lossy(), "");
+                        self.host.world.chance.event(&format!("no promotion: {told}"), &[]);
                         standby.again();
                     }
                 }
