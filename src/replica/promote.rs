@@ -24,9 +24,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// So many times the place is lost to home before a barrier is put.
-const TRIES_BEFORE_BARRIER: u32 = 3;
-/// How far ahead of the end a barrier is put; doubled while home is there first. Less than the jump behind a claim.
-const BARRIER_AHEAD: u64 = 128;
+const TRIES_BEFORE_BARRIER: u32 = 2;
+/// How far ahead of the end a barrier is put: at least this, and twice what home went on by during the try before; doubled
+/// while home is there first. The nearer, the sooner home stops. Less than the jump behind a claim.
+const BARRIER_AHEAD_MIN: u64 = 8;
 const BARRIER_AHEAD_MAX: u64 = 512;
 /// Behind a barrier the places end: nobody loses so often.
 const TRIES_MAX: u32 = 2000;
@@ -248,8 +249,13 @@ impl Taking<'_> {
             self.dir.sync_dir("log")?;
             self.report.lost_places += 1;
             let head_before = self.walk.head;
-            newest_end(&self.ctx, &*store, &mut self.walk).await?;
+            // One look: what it misses the next claim finds out, and each look more gives home time to go on.
+            if chain::take_next(&self.ctx, &*store, &mut self.walk).await?.is_some() {
+                chain::go_on(&self.ctx, &*store, &mut self.walk).await?;
+            }
             self.report.home_alive |= self.walk.head != head_before;
+            let number = |head: Option<Head>| head.map_or(0, |head| head.seq.0);
+            let gone_on = number(self.walk.head).saturating_sub(number(head_before));
             if self.walk.epoch > began {
                 let at = self.walk.claim.unwrap_or(seq);
                 return Err(lost(&marked(&self.ctx, &*store, at).await?, at));
@@ -258,16 +264,16 @@ impl Taking<'_> {
                 return Err(Error::Refused("the volume was handed over, and yet something was put".into()));
             }
             if n + 1 >= TRIES_BEFORE_BARRIER && self.report.barriers == 0 {
-                self.bar().await?;
+                self.bar(gone_on).await?;
             }
         }
         Err(Error::Refused("the next place in the chain is taken again and again; try once more".into()))
     }
 
-    /// Puts a barrier ahead of home. What comes of one try is not waited for: the next claim shows it.
-    async fn bar(&mut self) -> Result<()> {
+    /// Puts a barrier ahead of home, which went on by `gone_on` places while one claim was tried. What comes of one try is not waited for: the next claim shows it.
+    async fn bar(&mut self, gone_on: u64) -> Result<()> {
         let end = self.walk.head.map_or(0, |head| head.seq.0);
-        let mut ahead = BARRIER_AHEAD;
+        let mut ahead = gone_on.saturating_mul(2).clamp(BARRIER_AHEAD_MIN, BARRIER_AHEAD_MAX);
         while ahead <= BARRIER_AHEAD_MAX {
             let seq = Seq(end + ahead);
             let (bytes, _) = self.segment(Kind::Barrier, seq)?;

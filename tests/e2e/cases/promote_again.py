@@ -22,7 +22,8 @@ FAR = 0.06
 VERY_FAR = 0.12
 # How long a promotion may try to reach a store that is not there.
 GIVES_UP = 60
-FAR_LIMIT = 15
+# Behind a barrier home has no place to win; without one it would win on and on.
+FAR_LOSSES = 60
 DOWN = ("cut", "hang", "503", "403", "garbage") if FULL else ("cut", "hang")
 
 
@@ -42,7 +43,7 @@ def from_afar(world):
     world.link.set("pass", delay=VERY_FAR, open="resume")
     report, took = timed(lambda: promote(world.home, world.state("far"), limit=120))
     barred = f"{report['places_lost']} places lost, {report['barriers']} barriers"
-    check(took < FAR_LIMIT, f"from as far as home: promoted after {took:.1f} s, {barred}")
+    check(report["places_lost"] < FAR_LOSSES, f"from as far as home: promoted after {took:.1f} s, {barred}")
     wait_until(lambda: home.status()["fenced"], 30, "home is fenced")
     clerks.end(30)
     world.link.set("pass", delay=ONE_WAY, open="resume")
