@@ -118,7 +118,20 @@ impl Source<'_> {
         async move { Ok((self.trailer(ctx).await?, ())) }.boxed()
     }
 
+    /// Asks the store once more for what does not verify: of a long chain some answer is damaged on the way, and to begin
+    /// with all of it again would not end.
     async fn end(&self, ctx: &VolumeContext, len: u64) -> Result<End> {
+        match (self.end_once(ctx, len).await, &self.place) {
+            (Err(Error::Store(e)), _) => Err(e.into()),
+            (Err(e), Place::Store(_)) => {
+                ::log::warn!("{e}; it is asked for once more");
+                self.end_once(ctx, len).await
+            }
+            (end, _) => end,
+        }
+    }
+
+    async fn end_once(&self, ctx: &VolumeContext, len: u64) -> Result<End> {
         let (tail, size) = self.suffix(len).await?;
         let object = self.object();
         if tail.len() as u64 > size {
