@@ -8,7 +8,7 @@ use super::ops::Op;
 use super::run::Run;
 use bytes::Bytes;
 use embassyfs::clock::Env;
-use embassyfs::fs::Caller;
+use embassyfs::fs::{Caller, XattrMode};
 use embassyfs::log::Error;
 use embassyfs::ops::init::WRITER_KEY;
 use embassyfs::replica::promote::{Came, Promotion, Report, promote};
@@ -68,6 +68,8 @@ impl Run {
                 // The store does not answer: home works for itself, until it does.
                 Ok(()) => {
                     let host = &self.host;
+                    // All it has may be in the embassy: only who has something to send finds out.
+                    let _ = host.run(|fs| fs.setxattr(Ino::ROOT, b"user.fenced", b"yet?", XattrMode::Any));
                     host.commit(false);
                     host.world.until("a fence", || {
                         host.down() || host.home().durable().is_some_and(|durable| durable.fenced().is_some())

@@ -155,7 +155,9 @@ def power(directory):
 def cut(volume, disk, load, draw, number):
     """The store at one moment, then the disk at a later one: a segment is never sent before it is on the disk."""
     shutil.rmtree(volume.directory / "store-then", ignore_errors=True)
-    shutil.copytree(volume.store_dir, volume.directory / "store-then", copy_function=os.link)
+    # What is being uploaded has no name yet: it may be gone before it is copied.
+    shutil.copytree(volume.store_dir, volume.directory / "store-then", copy_function=os.link,
+                    ignore=shutil.ignore_patterns(".tmp"))  # fmt: skip
     with load.lock:
         promised = load.acknowledged
     image = volume.directory / "image"
