@@ -177,6 +177,9 @@ def same_at_home_and_abroad(volume, home):
 # What is told on the command line; the second opens all files with O_SYNC, the third syncs directory changes.
 DBENCH_FORMS = {"plain": [], "with O_SYNC": ["-s"], "with synced directories and attributes": ["-S", "-x"]}
 
+# It takes the first semaphore of a kernel, whose id is 0, for a failure.
+NOT_THE_FIRST = ["unshare", "--ipc", "sh", "-c", 'ipcmk -S 1 >&2 && exec "$@"', "sh"]
+
 
 def dbench(directory):
     volume = new_volume(directory)
@@ -185,7 +188,7 @@ def dbench(directory):
     for number, (form, more) in enumerate(DBENCH_FORMS.items()):
         place = home.point / f"dbench-{number}"
         place.mkdir()
-        command = ["dbench", "-c", "/usr/share/dbench/client.txt", "-t", seconds, "--skip-cleanup", *more]
+        command = [*NOT_THE_FIRST, "dbench", "-c", "/usr/share/dbench/client.txt", "-t", seconds, "--skip-cleanup", *more]
         done = run(*command, "-D", place, clients, limit=seconds * 5 + 120, ok=None)
         text = done.stdout + done.stderr
         figure = re.search(r"^Throughput ([0-9.]+ MB/sec).*", text, re.M)
