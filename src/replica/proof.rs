@@ -112,10 +112,12 @@ impl ProvenStore {
 
     /// For who begins something that only put-if-absent makes safe.
     pub async fn require(&self) -> log::Result<()> {
-        self.prove().await.map_err(|e| match e {
-            e if e.is_transient() => log::Error::Store(e),
-            e => log::Error::Refused(e.to_string()),
-        })
+        match self.verdict().await {
+            Verdict::Kept => Ok(()),
+            // Nothing that could be put right here; all else is what the store said, and its user's to mend.
+            Verdict::Overwrites(error) => Err(log::Error::Refused(error.to_string())),
+            Verdict::Unknown(error) => Err(log::Error::Store(error)),
+        }
     }
 
     async fn try_out(&self) -> Result<Verdict, StoreError> {

@@ -41,6 +41,7 @@ CASES = {
     "control_dir": (120, [None]),
     "store_refusals": (180, [None]),
     "credentials": (120, [None]),
+    "reader_credential": (120, [None]),
     "link": (240, ["strict", "available", "local", "reads", "drain"]),
     "real_input": (900, ["file", "s3"]),
     "applications": (300, ["postgresql", "sqlite", "git", "rsync", "tar", "rust_build", "append_log"]),

@@ -15,12 +15,14 @@ from xml.sax.saxutils import escape
 
 class StubS3:
     """The server. `refuse` is None or (status, code, which methods); `overwrites` forgets put-if-absent; `keys` are the
-    access key ids it knows (None: any)."""
+    access key ids it knows (None: any); `readers` are those among them that may only get and list: `tried` has what else
+    they asked for."""
 
     def __init__(self):
         self.objects, self.lock = {}, threading.Lock()
         self.refuse, self.overwrites, self.keys = None, False, None
         self.refused, self.puts = 0, []
+        self.readers, self.tried = set(), []
         stub = self
 
         class Handler(Answers):
@@ -77,6 +79,9 @@ class Answers(BaseHTTPRequestHandler):
         signed = re.search(r"Credential=([^/]+)/", self.headers.get("Authorization") or "")
         if stub.keys is not None and (not signed or signed.group(1) not in stub.keys):
             status, code = 403, "InvalidAccessKeyId"
+        elif signed and signed.group(1) in stub.readers and self.command not in ("GET", "HEAD"):
+            stub.tried.append(f"{self.command} {self.path}")
+            status, code = 403, "AccessDenied"
         elif stub.refuse and self.command in stub.refuse[2]:
             status, code, _ = stub.refuse
         else:
