@@ -58,29 +58,17 @@ pub struct Committer {
     checkpointer: Checkpointer,
     /// Newest commit in a closed segment.
     closed: CommitNo,
+    /// When this committer closed a segment last (monotonic), or began.
+    closed_at: Duration,
     /// Newest commit in the log.
     committed: CommitNo,
     /// When it was made (monotonic), or this committer began.
     committed_at: Duration,
     counters: Counters,
-    /// The log as last seen.
-    view: LogView,
+    /// The number of the next segment, as last seen: read when nobody else holds the log.
+    next_seq: Seq,
     /// Bytes of segments closed since the last checkpoint began.
     log_bytes: u64,
-}
-
-/// What the committer decides by, read from the log when nobody else holds it.
-#[derive(Clone, Copy, Default)]
-pub(super) struct LogView {
-    /// When the open segment was begun.
-    pub opened: Option<Duration>,
-    pub next_seq: u64,
-}
-
-impl LogView {
-    fn of(log: &LogWriter) -> LogView {
-        LogView { opened: log.opened_at(), next_seq: log.current_seq().0 }
-    }
 }
 
 /// What the committer found to do.
@@ -128,10 +116,11 @@ impl Committer {
             shipping,
             checkpointer,
             closed: committed,
+            closed_at: committed_at,
             committed,
             committed_at,
             counters,
-            view: LogView::default(),
+            next_seq: Seq(0),
             log_bytes: 0,
         }
     }
@@ -173,7 +162,9 @@ impl Committer {
             state.wanted_closed = state.wanted_closed.max(state.generation); // and sent at once
         }
         if todo.commit || todo.beat {
-            let close = todo.close || self.fs.state.lock().wanted_closed > self.closed;
+            // With the commit that made it due, and not a second later: what lies abroad is that much newer.
+            let due = self.fs.env.clock.monotonic() >= self.close_due();
+            let close = due || todo.close || self.fs.state.lock().wanted_closed > self.closed;
             self.commit(close)?;
             self.compact();
         } else if todo.close {
@@ -193,7 +184,7 @@ impl Committer {
         loop {
             // Never under the state's lock: the checkpointer may hold the log while the disk works.
             if let Some(log) = self.log.try_lock() {
-                self.view = LogView::of(&log);
+                self.next_seq = log.current_seq();
             }
             let mut state = fs.state.lock();
             let (todo, sleep) = self.look(&state, fs.env.clock.monotonic());
@@ -216,26 +207,31 @@ impl Committer {
         let interval = settings.commit_interval;
         let changed = state.changed_at.is_some();
         let behind = self.committed > self.closed;
-        let opened = self.view.opened.filter(|_| behind);
-        let passed = |since: Option<Duration>| since.is_some_and(|at| now >= at + interval);
+        let close_due = Some(self.close_due()).filter(|_| behind);
+        let commit_due = state.changed_at.map(|at| at + interval);
+        let passed = |due: Option<Duration>| due.is_some_and(|at| now >= at);
         let pressure = !state.waiting_for_space.is_empty()
             || state.dirty_bytes >= settings.dirty_max / 2
             || state.active_weight >= settings.memtable_max / 2;
         let urgent = pressure || state.stopping || state.wanted >= state.generation;
-        let checkpoint = self.checkpointer.due(state, self.view.next_seq, self.log_bytes);
+        let checkpoint = self.checkpointer.due(state, self.next_seq.0, self.log_bytes);
         let beat = settings.heartbeat.map(|every| self.committed_at + every).filter(|_| !changed && !behind);
         let todo = Todo {
-            beat: beat.is_some_and(|at| now >= at) && !state.stopping,
+            beat: passed(beat) && !state.stopping,
             seal: state.full.len() as u64 * settings.record_size >= SEAL_EARLY_BYTES,
-            commit: changed && (urgent || passed(state.changed_at)),
-            close: behind && (passed(opened) || state.stopping || state.wanted_closed > self.closed),
+            commit: changed && (urgent || passed(commit_due)),
+            close: behind && (passed(close_due) || state.stopping || state.wanted_closed > self.closed),
             checkpoint: checkpoint && !self.checkpointer.busy(),
             stop: state.stopping || state.broken,
         };
-        let deadlines = [state.changed_at, opened].into_iter().flatten();
-        let deadlines = deadlines.map(|at| at + interval).chain(beat);
+        let deadlines = [commit_due, close_due, beat].into_iter().flatten();
         let next = deadlines.map(|at| at.saturating_sub(now)).min();
         (todo, next.unwrap_or(IDLE_SLEEP).clamp(Duration::from_millis(1), IDLE_SLEEP))
+    }
+
+    /// From when on a commit need not wait for company in its segment: one segment an interval is all that age asks for.
+    fn close_due(&self) -> Duration {
+        self.closed_at + self.fs.settings.commit_interval
     }
 
     /// Seals whole records of the running generation, so that a commit never has much left to do.
@@ -434,6 +430,7 @@ impl Committer {
         self.log_bytes += self.with_room(|log| close_and_ship(log, &*self.shipping))?;
         self.fs.open_segment.store(0, Ordering::Relaxed);
         self.closed = self.committed;
+        self.closed_at = self.fs.env.clock.monotonic();
         Ok(())
     }
 

@@ -21,7 +21,6 @@ use crate::types::{CommitNo, Epoch, FrameKind, FramePtr, Head, Seq, Timestamp};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 /// A segment whose deltas have this many plain bytes is closed, whatever they are packed to. Far below what a reader
 /// bounds, for one commit more can follow.
@@ -49,7 +48,6 @@ struct OpenSegment {
     seq: Seq,
     file: Arc<dyn DiskFile>,
     cipher: SegmentCipher,
-    opened_at: Duration,
     /// Sealed bytes that follow the first `written` ones of the file.
     buffer: Vec<u8>,
     written: u64,
@@ -262,11 +260,6 @@ impl LogWriter {
         self.open.as_ref().is_some_and(|open| open.len() >= target || open.delta_bytes >= DELTA_BYTES_MAX)
     }
 
-    /// When the open segment was begun (monotonic).
-    pub fn opened_at(&self) -> Option<Duration> {
-        self.open.as_ref().map(|open| open.opened_at)
-    }
-
     /// The newest closed segment.
     pub fn last_closed(&self) -> Option<Head> {
         self.prev
@@ -365,7 +358,6 @@ impl LogWriter {
             seq,
             file,
             cipher: SegmentCipher::new(&self.ctx, header),
-            opened_at: self.env.clock.monotonic(),
             buffer,
             written: 0,
             synced: 0,
