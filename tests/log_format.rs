@@ -17,6 +17,7 @@ use embassyfs::log::statedir::StateDir;
 use embassyfs::log::writer::LogWriter;
 use embassyfs::log::{Append, Frames};
 use embassyfs::types::{CommitNo, Epoch, FrameKind, FramePtr, Hash, Head, Seq, Timestamp, VolumeId};
+use std::fmt::Display;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -89,8 +90,14 @@ fn write() -> Written {
     Written { dir, _tmp: tmp, data, page }
 }
 
-fn fixture(n: u64) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/v1/segment-{n}"))
+fn fixture(name: impl Display) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/v1/segment-{name}"))
+}
+
+/// Bytes that no compressor makes shorter.
+fn noise(len: usize) -> Vec<u8> {
+    let words = (0u32..).flat_map(|n| embassyfs::crypto::hash(&n.to_le_bytes()).0);
+    words.take(len).collect()
 }
 
 #[test]
@@ -213,16 +220,49 @@ fn the_format_document_describes_the_bytes() {
     assert_eq!((u64_at(trailer, 72), u64_at(trailer, 80), &trailer[88..120]), (1, 1, &trailer_hash.0[..]));
 }
 
+#[test]
+fn a_frame_in_blocks_is_written_and_read_as_the_format_document_says() {
+    const BLOCK: usize = 8192;
+    let plain = noise(2 * BLOCK + 5);
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = Arc::new(StateDir::open(tmp.path()).unwrap());
+    let mut writer = LogWriter::new(dir.clone(), volume(), env(), Epoch(3), None, Seq(1), CommitNo(0));
+    let ptr = writer.append(FrameKind::Data, &plain).unwrap();
+    writer.append_commit(CommitNo(1), TIME, &[]).unwrap();
+    writer.close().unwrap().unwrap();
+    let bytes = std::fs::read(dir.log_path(Seq(1))).unwrap();
+    if std::env::var_os("EMBASSYFS_BLESS").is_some() {
+        std::fs::write(fixture("blocks"), &bytes).unwrap();
+    }
+    let segment = std::fs::read(fixture("blocks")).unwrap();
+    assert_eq!(bytes, segment);
+
+    let limits = ReaderLimits { frame_cache_bytes: 0, disk_cache_bytes: 0, open_files: 2 };
+    let reader = FrameReader::new(dir, volume(), None, env(), limits).unwrap();
+    assert_eq!(reader.get(ptr, FrameKind::Data).unwrap(), plain);
+    let part = reader.part(ptr, BLOCK as u32 - 1, 3).unwrap();
+    assert_eq!(part, plain[BLOCK - 1..BLOCK + 2]);
+
+    let frame = &segment[96..96 + u32_at(&segment, 96) as usize];
+    assert_eq!((frame.len(), frame[4], frame[5]), (8 + plain.len() + 3 * TAG_LEN, 1, 2));
+    let associated =
+        [&segment[16..32], &segment[32..40], &segment[40..44], &96u32.to_le_bytes()[..], &frame[..8]]
+            .concat();
+    let sealer = Sealer::new(&volume().key.derive(Purpose::SegmentFrames, &segment[..96]));
+    for (n, (sealed, wanted)) in frame[8..].chunks(BLOCK + TAG_LEN).zip(plain.chunks(BLOCK)).enumerate() {
+        let (contents, tag) = sealed.split_at(sealed.len() - TAG_LEN);
+        let mut opened = contents.to_vec();
+        sealer.open(96 + n as u64, &associated, &mut opened, tag.try_into().unwrap()).unwrap();
+        assert_eq!(opened, wanted, "block {n}");
+    }
+}
+
 /// A claim, a barrier and a handover, behind a segment that is only named.
 const MARKS: [(&str, Kind, About, u16); 3] = [
     ("claim", Kind::Claim, About::Claim, 1),
     ("barrier", Kind::Barrier, About::Barrier, 2),
     ("handover", Kind::Ordinary, About::Handover, 0),
 ];
-
-fn mark_fixture(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/v1/segment-{name}"))
-}
 
 #[test]
 fn segments_that_are_a_mark_are_written_and_read_as_the_format_document_says() {
@@ -239,9 +279,9 @@ fn segments_that_are_a_mark_are_written_and_read_as_the_format_document_says() {
         };
         let (bytes, head) = put.bytes(&volume(), &env()).unwrap();
         if std::env::var_os("EMBASSYFS_BLESS").is_some() {
-            std::fs::write(mark_fixture(name), &bytes).unwrap();
+            std::fs::write(fixture(name), &bytes).unwrap();
         }
-        let segment = std::fs::read(mark_fixture(name)).unwrap();
+        let segment = std::fs::read(fixture(name)).unwrap();
         assert_eq!(bytes, segment, "{name}");
         let read = read_marked(&volume(), Seq(3), &segment).unwrap();
         assert_eq!((read.kind, read.epoch, read.head, read.prev), (kind, Epoch(4), head, Some(prev)));

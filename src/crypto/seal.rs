@@ -83,6 +83,21 @@ impl BulkSealer {
             Err(_) => Err(NotAuthentic),
         }
     }
+
+    /// Opens `sealed`, whose tag is `tag`, into `plain`, which must be as long. On failure `plain` holds nothing
+    /// meaningful.
+    pub fn open_onto(
+        &self,
+        nonce: u64,
+        associated: &[u8],
+        sealed: &[u8],
+        tag: &[u8],
+        plain: &mut [u8],
+    ) -> Result<(), NotAuthentic> {
+        let nonce = Nonce::assume_unique_for_key(nonce96(nonce));
+        let opened = self.0.open_separate_gather(nonce, Aad::from(associated), sealed, tag, plain);
+        opened.map_err(|_| NotAuthentic)
+    }
 }
 
 impl fmt::Debug for BulkSealer {
@@ -133,8 +148,12 @@ mod tests {
             assert_eq!(a, b);
             let mut sealed = [a, tag.to_vec()].concat();
             assert!(bulk.open(nonce, b"elsewhere", &mut sealed.clone()).is_err());
+            let mut apart = vec![0; len];
+            assert!(bulk.open_onto(nonce, b"elsewhere", &sealed[..len], &tag, &mut apart).is_err());
+            bulk.open_onto(nonce, b"place", &sealed[..len], &tag, &mut apart).unwrap();
             bulk.open(nonce, b"place", &mut sealed).unwrap();
-            assert_eq!(sealed[..len], plain);
+            assert_eq!((&sealed[..len], &apart[..]), (&plain[..], &plain[..]));
+            assert!(bulk.open_onto(nonce, b"place", &plain, &tag[1..], &mut apart).is_err());
         }
     }
 }

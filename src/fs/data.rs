@@ -9,7 +9,7 @@ use super::state::Tx;
 use super::{Fs, MAX_FILE_SIZE};
 use crate::log;
 use crate::tree::value::{FileType, SPARSE};
-use crate::types::{FrameKind, FramePtr, Ino};
+use crate::types::{FramePtr, Ino};
 use bytes::Bytes;
 use std::ops::Range;
 
@@ -66,8 +66,8 @@ impl Fs {
         let mut opened = Vec::with_capacity(pieces.len());
         for piece in pieces {
             let bytes = match &piece.source {
-                Source::Frame(ptr, from) => match self.frames.get(*ptr, FrameKind::Data) {
-                    Ok(bytes) => frame_part(&bytes, *ptr, *from, piece.len)?,
+                Source::Frame(ptr, from) => match self.frames.part(*ptr, *from, piece.len) {
+                    Ok(bytes) => bytes,
                     Err(log::Error::Missing(ptrs)) => {
                         missing.extend(ptrs);
                         Bytes::new()
@@ -248,19 +248,6 @@ impl Fs {
         }
         tx.apply();
         Ok(len)
-    }
-}
-
-/// The part of an opened frame that an extent refers to; the lengths come from the tree and are checked here.
-fn frame_part(bytes: &Bytes, ptr: FramePtr, from: u32, len: u64) -> Result<Bytes> {
-    let start = from as usize;
-    match start.checked_add(len as usize) {
-        Some(end) if end <= bytes.len() => Ok(bytes.slice(start..end)),
-        _ => Err(log::Error::corrupt(
-            format!("frame {ptr:?}"),
-            format!("an extent refers to {len} bytes at {from} of a frame of {} bytes", bytes.len()),
-        )
-        .into()),
     }
 }
 

@@ -3,25 +3,30 @@
 //! Invariant: the nonce of a frame is its offset, so a cipher seals each offset at most once; a frame opens only in
 //! the volume, segment, epoch, offset, length and kind it was sealed for.
 
+use super::blocks::{self, BLOCK_LEN, Layout};
 use super::segment::{Fields, Header, VolumeContext, put_time, segment_name};
 use super::{Error, Result};
 use crate::crypto::keys::DerivedKey;
-use crate::crypto::seal::{BulkSealer, TAG_LEN};
+use crate::crypto::seal::{BulkSealer, NotAuthentic, TAG_LEN};
 use crate::types::{CommitNo, FrameKind, FramePtr, Timestamp};
 use bytes::Bytes;
+use std::ops::Range;
 
 /// Length of a frame's plain prefix in bytes.
 pub const PREFIX_LEN: usize = 8;
-/// Bytes a frame has beside its (compressed) contents.
+/// Bytes a frame has beside its (compressed) contents, if it is not in blocks.
 pub const FRAME_OVERHEAD: usize = PREFIX_LEN + TAG_LEN;
 /// Longest plain contents of a frame other than an index, in bytes. Far more than a record, a page or a delta takes.
 pub const FRAME_PLAIN_MAX: usize = 16 << 20;
+/// Longest frame that is no index, in bytes.
+pub const FRAME_SEALED_MAX: usize = blocks::sealed_len(FRAME_PLAIN_MAX);
 /// Longest plain contents of an index, in bytes.
 const INDEX_PLAIN_MAX: usize = 256 << 20;
 /// An LZ4 block does not grow by more than this factor: a byte of it stands for 255 bytes at most.
 const LZ4_FACTOR_MAX: usize = 255;
 
 const FLAG_LZ4: u8 = 1;
+const FLAG_BLOCKS: u8 = 2;
 /// Below this many bytes compression is not tried.
 const COMPRESS_MIN: usize = 64;
 /// Contents longer than this are compressed only when their first [`PROBE_LEN`] bytes shrink.
@@ -64,6 +69,8 @@ impl SegmentCipher {
         out.extend_from_slice(&[0; PREFIX_LEN]);
         let flags = if compress_onto(plain, out) {
             FLAG_LZ4
+        } else if kind == FrameKind::Data && plain.len() > BLOCK_LEN {
+            return self.seal_blocks(offset, plain, out, start);
         } else {
             out.extend_from_slice(plain);
             0
@@ -77,6 +84,45 @@ impl SegmentCipher {
         FramePtr { seq: self.header.seq, offset, len }
     }
 
+    /// Goes on with a data frame that begins at `start` of `out`, in blocks. Their nonces follow each other from the
+    /// offset on: a frame has more bytes than blocks, so that the next frame's nonces begin behind them.
+    fn seal_blocks(&self, offset: u32, plain: &[u8], out: &mut Vec<u8>, start: usize) -> FramePtr {
+        let len = blocks::sealed_len(plain.len()) as u32;
+        let prefix = Prefix { len, kind: FrameKind::Data, flags: FLAG_BLOCKS }.encode();
+        let associated = self.associated(offset, &prefix);
+        out[start..].copy_from_slice(&prefix);
+        out.reserve(len as usize);
+        for (n, block) in (u64::from(offset)..).zip(plain.chunks(BLOCK_LEN)) {
+            let at = out.len();
+            out.extend_from_slice(block);
+            let tag = self.sealer.seal(n, &associated, &mut out[at..]);
+            out.extend_from_slice(&tag);
+        }
+        FramePtr { seq: self.header.seq, offset, len }
+    }
+
+    /// The plain bytes of some blocks of the frame at `ptr`, which lie in `sealed`. It fails, too, where the frame is not
+    /// one in blocks.
+    pub fn open_blocks(
+        &self,
+        ptr: FramePtr,
+        layout: Layout,
+        which: &Range<usize>,
+        sealed: &[u8],
+    ) -> std::result::Result<Vec<u8>, NotAuthentic> {
+        let prefix = Prefix { len: ptr.len, kind: FrameKind::Data, flags: FLAG_BLOCKS }.encode();
+        let associated = self.associated(ptr.offset, &prefix);
+        let mut plain = vec![0; layout.plain(which).len()];
+        if ptr.seq != self.header.seq || sealed.len() != layout.sealed(which).len() {
+            return Err(NotAuthentic);
+        }
+        let nonces = u64::from(ptr.offset) + which.start as u64..;
+        for ((n, (block, tag)), out) in nonces.zip(blocks::split(sealed)).zip(plain.chunks_mut(BLOCK_LEN)) {
+            self.sealer.open_onto(n, &associated, block, tag, out)?;
+        }
+        Ok(plain)
+    }
+
     /// The plain contents of the frame at `ptr`, which must be of `kind`. `sealed` is opened in place.
     pub fn open(&self, ptr: FramePtr, kind: FrameKind, mut sealed: Vec<u8>) -> Result<Bytes> {
         let bad = |detail: &str| {
@@ -88,6 +134,11 @@ impl SegmentCipher {
         let prefix = Prefix::parse(&sealed).ok_or_else(|| bad("damaged prefix"))?;
         if prefix.len != ptr.len || prefix.kind != kind {
             return Err(bad("another frame lies there"));
+        }
+        if prefix.flags & FLAG_BLOCKS != 0 {
+            let layout = Layout::of(sealed.len()).ok_or_else(|| bad("damaged prefix"))?;
+            let plain = self.open_blocks(ptr, layout, &layout.all(), &sealed[PREFIX_LEN..]);
+            return plain.map(Bytes::from).map_err(|_| bad("authentication failed"));
         }
         let associated = self.associated(ptr.offset, &prefix.encode());
         let end = sealed.len() - TAG_LEN;
@@ -142,9 +193,10 @@ impl Prefix {
         let len = fields.u32()?;
         let kind = FrameKind::from_u8(fields.u8()?)?;
         let flags = fields.u8()?;
+        let in_blocks = || kind == FrameKind::Data && Layout::of(len as usize).is_some();
         let plausible = fields.u16()? == 0
-            && flags & !FLAG_LZ4 == 0
-            && (FRAME_OVERHEAD..=plain_max(kind) + FRAME_OVERHEAD).contains(&(len as usize));
+            && (flags & !FLAG_LZ4 == 0 || flags == FLAG_BLOCKS && in_blocks())
+            && (FRAME_OVERHEAD..=blocks::sealed_len(plain_max(kind))).contains(&(len as usize));
         plausible.then_some(Prefix { len, kind, flags })
     }
 }

@@ -4,6 +4,7 @@
 
 mod ahead;
 pub mod audit;
+mod blocks;
 pub mod chain;
 pub mod claim;
 mod closing;
@@ -114,6 +115,23 @@ pub fn fuzz_name(name: &str) {
 pub trait Frames: Send + Sync {
     /// The plain bytes of the frame at `ptr`, which must be of `kind`.
     fn get(&self, ptr: FramePtr, kind: FrameKind) -> Result<Bytes>;
+
+    /// `len` plain bytes of the data frame at `ptr`, from `from` on. It may cost less than all of them.
+    fn part(&self, ptr: FramePtr, from: u32, len: u64) -> Result<Bytes> {
+        part_of(&self.get(ptr, FrameKind::Data)?, ptr, from, len)
+    }
+}
+
+/// The part of an opened frame that an extent refers to; the lengths come from the tree and are checked here.
+fn part_of(plain: &Bytes, ptr: FramePtr, from: u32, len: u64) -> Result<Bytes> {
+    let start = from as usize;
+    match start.checked_add(len as usize) {
+        Some(end) if end <= plain.len() => Ok(plain.slice(start..end)),
+        _ => Err(Error::corrupt(
+            format!("frame {ptr:?}"),
+            format!("an extent refers to {len} bytes at {from} of a frame of {} bytes", plain.len()),
+        )),
+    }
 }
 
 /// Appends frames to the open segment.

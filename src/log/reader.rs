@@ -5,10 +5,11 @@
 //! never changed here.
 
 use super::ahead::ReadAhead;
+use super::blocks::Layout;
 use super::gather::{coalesce, cut};
 use super::segment::{HEADER_LEN, Header, SegmentCipher, UncheckedHeader, VolumeContext, segment_name};
 use super::statedir::StateDir;
-use super::{Error, Frames, Result};
+use super::{Error, Frames, Result, part_of};
 use crate::cache::frames::FrameCache;
 use crate::cache::ranges::Ranges;
 use crate::clock::Env;
@@ -78,23 +79,59 @@ struct Dead {
 
 impl Frames for FrameReader {
     fn get(&self, ptr: FramePtr, kind: FrameKind) -> Result<Bytes> {
-        let (found, plain) = match self.frames.get(ptr) {
-            Some(held) => held,
-            None => {
-                let opened = self.read_local(ptr)?.ok_or_else(|| Error::Missing(vec![ptr]))?;
-                self.frames.put(ptr, opened.0, opened.1.clone());
-                opened
-            }
-        };
+        let (found, plain) = self.held_or_read(ptr)?;
         if found != kind {
             let detail = format!("frame at {}+{} is {found:?}, not {kind:?}", ptr.offset, ptr.len);
             return Err(Error::corrupt(segment_name(ptr.seq), detail));
         }
         Ok(plain)
     }
+
+    fn part(&self, ptr: FramePtr, from: u32, len: u64) -> Result<Bytes> {
+        let range = from as usize..(from as usize).saturating_add(len as usize);
+        match self.read_blocks(ptr, &range) {
+            // What was asked for by itself is not kept: it is in the kernel's cache above, and sealed in the one below.
+            Some(bytes) => Ok(bytes),
+            None => part_of(&self.get(ptr, FrameKind::Data)?, ptr, from, len),
+        }
+    }
 }
 
 impl FrameReader {
+    /// A frame's kind and plain bytes, from memory or from this host's files.
+    fn held_or_read(&self, ptr: FramePtr) -> Result<(FrameKind, Bytes)> {
+        if let Some(held) = self.frames.get(ptr) {
+            return Ok(held);
+        }
+        let opened = self.read_local(ptr)?.ok_or_else(|| Error::Missing(vec![ptr]))?;
+        self.frames.put(ptr, opened.0, opened.1.clone());
+        Ok(opened)
+    }
+
+    /// A little of a frame in blocks, from this host's files. Nothing when it is not here, is no such frame, or does not
+    /// open: reading all of it then tells what is wrong.
+    fn read_blocks(&self, ptr: FramePtr, range: &Range<usize>) -> Option<Bytes> {
+        let layout = Layout::of(ptr.len as usize)?;
+        if range.end > layout.plain_len() || range.len() > layout.plain_len() / 2 || self.frames.contains(ptr)
+        {
+            return None;
+        }
+        let open = self.open_file(ptr.seq).ok()??;
+        if open.cached && !self.ranges.covers(ptr.seq, &ptr.range()) {
+            return None;
+        }
+        let which = layout.holding(range);
+        let place = layout.sealed(&which);
+        let mut sealed = vec![0; place.len()];
+        open.file.read_exact_at(&mut sealed, u64::from(ptr.offset) + place.start as u64).ok()?;
+        let plain = open.cipher.open_blocks(ptr, layout, &which, &sealed).ok()?;
+        if open.cached {
+            self.ranges.touch(ptr.seq, self.now());
+        }
+        let begin = layout.plain(&which).start;
+        Some(Bytes::from(plain).slice(range.start - begin..range.end - begin))
+    }
+
     /// A reader over the state directory and, for what is not there, the store.
     pub fn new(
         dir: Arc<StateDir>,

@@ -218,3 +218,52 @@ fn a_retired_segment_is_still_read_and_can_be_evicted() {
     block_on(reader.fetch(&a.ptrs(0)[..1])).unwrap();
     assert_eq!(reader.get(a.ptrs(0)[0], FrameKind::Data).unwrap(), a.frames[0][0].1);
 }
+
+#[test]
+fn a_little_of_a_frame_is_read_by_its_blocks_and_damage_beside_it_does_not_matter() {
+    let a = abroad();
+    let reader = a.reader(0, 64 << 20); // nothing is held in memory
+    let ptrs = a.ptrs(0);
+    let (ptr, plain) = a.frames[0][7].clone();
+    assert!(matches!(reader.part(ptr, 0, 10), Err(Error::Missing(m)) if m == [ptr]));
+    block_on(reader.fetch(&ptrs)).unwrap();
+    // Its last block is changed on the disk.
+    let path = reader.dir.cache_path(Seq(1));
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.write_all_at(&[0; 4], u64::from(ptr.offset) + FRAME as u64 - 10).unwrap();
+    for (from, len) in [(0, 1), (8191, 2), (8192, 8192), (9_000, 16_000), (30_000, 1), (5, 0)] {
+        assert_eq!(
+            reader.part(ptr, from, len).unwrap(),
+            plain[from as usize..][..len as usize],
+            "{from}+{len}"
+        );
+    }
+    // More than half, what is damaged, and what lies behind the end: by way of the whole frame, which does not open.
+    for (from, len) in [(0, 30_000), (39_990, 5), (39_999, 2)] {
+        let got = reader.part(ptr, from, len);
+        assert!(matches!(&got, Err(Error::Missing(m)) if *m == [ptr]), "{from}+{len}: {got:?}");
+        block_on(reader.fetch(&[ptr])).unwrap();
+        match from as usize + len as usize > FRAME {
+            true => assert!(matches!(reader.part(ptr, from, len), Err(Error::Corrupt { .. }))),
+            false => assert_eq!(reader.part(ptr, from, len).unwrap(), plain[from as usize..][..len as usize]),
+        }
+        file.write_all_at(&[0; 4], u64::from(ptr.offset) + FRAME as u64 - 10).unwrap();
+    }
+}
+
+#[test]
+fn a_little_of_a_frame_that_is_not_in_blocks_comes_from_the_whole() {
+    let (home, store) = (tempfile::tempdir().unwrap(), MemoryStore::new());
+    let dir = Arc::new(StateDir::open(home.path()).unwrap());
+    let mut writer = LogWriter::new(dir.clone(), volume(), env(1), Epoch(1), None, Seq(1), CommitNo(0));
+    // Of a length, compressed, that could be one in blocks.
+    let plain = [noise(3, 60_000), vec![7; 60_000]].concat();
+    let packed = writer.append(FrameKind::Data, &plain).unwrap();
+    let page = writer.append(FrameKind::Page, &noise(4, 12_000)).unwrap();
+    writer.flush().unwrap();
+    assert!(Layout::of(packed.len as usize).is_some() && Layout::of(page.len as usize).is_some());
+    let limits = ReaderLimits { frame_cache_bytes: 0, disk_cache_bytes: 0, open_files: 2 };
+    let reader = FrameReader::new(dir, volume(), Some(store), env(9), limits).unwrap();
+    assert_eq!(reader.part(packed, 59_999, 2).unwrap(), plain[59_999..60_001]);
+    assert!(matches!(reader.part(page, 0, 10), Err(Error::Corrupt { .. })));
+}

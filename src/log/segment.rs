@@ -9,7 +9,7 @@ use crate::crypto::sign::{PublicKey, SIGNATURE_LEN, SecretKey};
 use crate::disk::{FileRef, Mode};
 use crate::types::{CommitNo, Epoch, Hash, Head, Seq, Timestamp, VolumeId};
 
-pub use super::frame::{DeltaHeader, FRAME_OVERHEAD, FRAME_PLAIN_MAX, SegmentCipher};
+pub use super::frame::{DeltaHeader, FRAME_OVERHEAD, FRAME_PLAIN_MAX, FRAME_SEALED_MAX, SegmentCipher};
 pub use super::index::{Index, IndexedCommit};
 
 /// Version of the segment format this build writes, and the only one it reads.

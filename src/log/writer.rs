@@ -6,6 +6,7 @@
 //! A full disk is not such an error: the frames that did not fit stay in the buffer, and the next call writes the
 //! same bytes again. An append that fails for want of room has sealed nothing.
 
+use super::blocks::sealed_len;
 use super::closing::Ending;
 use super::frame::{FRAME_OVERHEAD, FRAME_PLAIN_MAX};
 use super::segment::{
@@ -376,7 +377,7 @@ impl Append for LogWriter {
             !matches!(kind, FrameKind::Delta | FrameKind::Index),
             "deltas go through append_commit, indexes through close"
         );
-        self.make_room(plain.len() + FRAME_OVERHEAD, plain.len())?;
+        self.make_room(sealed_len(plain.len()), plain.len())?;
         Ok(self.opened()?.seal(kind, plain))
     }
 }

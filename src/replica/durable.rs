@@ -159,6 +159,8 @@ struct Fence {
     reason: String,
     /// Newest commit that was durable on the local disk by then: the last that `local` may acknowledge.
     local: CommitNo,
+    /// The hooks have run: whoever waits may hear of it.
+    told: bool,
 }
 
 /// See the module. Shared by the committer, the uploader, those who wait, and the status.
@@ -326,13 +328,13 @@ impl Durable {
                 return;
             }
             error!("{reason}");
-            state.fenced = Some(Fence { reason: reason.clone(), local: state.at.local });
+            state.fenced = Some(Fence { reason: reason.clone(), local: state.at.local, told: false });
             std::mem::take(&mut state.fence_hooks)
         };
         for hook in hooks {
             hook(&reason);
         }
-        self.change(|_| ());
+        self.change(|state| state.fenced.iter_mut().for_each(|fence| fence.told = true));
     }
 
     /// Calls `hook` with the reason when the writer is fenced, outside the account's lock, once; before this returns
@@ -481,7 +483,7 @@ impl Durable {
             return Some(Ok(()));
         }
         if let Some(fence) = &state.fenced {
-            return Some(Err(WaitError::Failed(fence.reason.clone())));
+            return fence.told.then(|| Err(WaitError::Failed(fence.reason.clone())));
         }
         match &state.latched {
             Some(reason) if waiter.commit > state.at.local => {

@@ -1,7 +1,7 @@
 //! Reading and writing the fixed-width fields that the tree's formats are made of. Numbers are little endian.
 //! Invariant: no input makes a read panic; what is short, long or out of range is [`Error::Corrupt`].
 
-use crate::log::segment::{FRAME_OVERHEAD, FRAME_PLAIN_MAX, NUMBER_MAX};
+use crate::log::segment::{FRAME_SEALED_MAX, NUMBER_MAX};
 use crate::log::{Error, Result};
 use crate::types::{FramePtr, Seq, Timestamp};
 
@@ -75,7 +75,7 @@ impl<'a> Reader<'a> {
     pub fn ptr(&mut self) -> Result<FramePtr> {
         let ptr = FramePtr { seq: Seq(self.u64()?), offset: self.u32()?, len: self.u32()? };
         // Who reads the frame makes room for it first.
-        if ptr.len as usize > FRAME_PLAIN_MAX + FRAME_OVERHEAD {
+        if ptr.len as usize > FRAME_SEALED_MAX {
             return Err(self.bad(format!("points to a frame of {} bytes", ptr.len)));
         }
         Ok(ptr)
