@@ -14,12 +14,16 @@ case $purpose in
         wanted="$wanted postgres:postgresql stress-ng:stress-ng dbench:dbench fio:fio mkfs.ext4:e2fsprogs losetup:mount ip:iproute2"
         wanted="$wanted ssh-keygen:openssh-client"
         ;;
-    bench) wanted="$wanted git:git python3:python3 gocryptfs:gocryptfs postgres:postgresql" ;;
+    bench)
+        wanted="$wanted git:git python3:python3 pip:python3-pip openssl:openssl gocryptfs:gocryptfs rclone:rclone"
+        wanted="$wanted postgres:postgresql"
+        ;;
     *) fail "usage: install-deps.sh [demo|test|bench]" ;;
 esac
 
-# Debian keeps PostgreSQL's programs out of PATH.
+# Debian keeps PostgreSQL's programs out of PATH, and a Python of one's own has its pip as a module.
 present() {
+    [ "$1" != pip ] || { python3 -m pip --version >/dev/null 2>&1; return; }
     command -v "$1" >/dev/null 2>&1 || { [ "$1" = postgres ] && compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null; }
 }
 

@@ -9,31 +9,23 @@ import json
 import os
 import statistics
 import sys
-from pathlib import Path
 
 sys.dont_write_bytecode = True  # nothing is left in the checkout but target/
 
 import bench  # noqa: E402
 import harness  # noqa: E402
 from bench import OUT, WORK, helper, peak_memory  # noqa: E402
+from common import forget_peak, status  # noqa: E402
 
 FILES = int(os.environ.get("WALK_FILES", "1000000"))
 PER_DIRECTORY = int(os.environ.get("WALK_PER_DIRECTORY", "1000"))
 ROUNDS = int(os.environ.get("WALK_ROUNDS", "3"))
 
 
-def resident(pid):
-    """What a process holds now, in MiB."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
-
-
 def walk(mount):
     """One walk: files per second, and the most that the daemon was resident meanwhile."""
-    Path(f"/proc/{mount.pid}/clear_refs").write_text("5")  # the peak begins anew
-    return FILES / helper("walk", mount.point), peak_memory(mount.pid), resident(mount.pid)
+    forget_peak(mount.pid)
+    return FILES / helper("walk", mount.point), peak_memory(mount.pid), status(mount.pid, "VmRSS")
 
 
 def make(mount):
@@ -57,7 +49,7 @@ def report(rows):
 
 def main():
     directory = harness.empty_dir(WORK / "walk")
-    harness.run("cc", "-O2", "-Wall", "-Wextra", "-o", bench.HELPER, Path(__file__).with_name("work.c"))
+    bench.build_helper()
     volume = harness.Volume(directory)
     volume.init()
     state, options = directory / "state", ["protection=local"]

@@ -2,7 +2,7 @@
 // interpreter between them. Each prints two numbers: seconds by the monotonic clock, and how many operations were done.
 // With a LIMIT it ends after so many seconds, whatever is left to do: a slow file system must not hold up the run.
 //   work create DIR N SIZE                     N new files of SIZE bytes: open, write, close
-//   work make DIR N SIZE THREADS FSYNC LIMIT   the same by threads, each in a directory DIR/0.. of its own; FSYNC: 0 or 1
+//   work make DIR N SIZE THREADS FSYNC LIMIT   the same by threads, each in a directory DIR/0..; FSYNC: 0 or 1
 //   work write FILE BYTES                      1 MiB writes, then fsync
 //   work read FILE                             1 MiB reads to the end
 //   work random FILE N [LIMIT]                 N reads of 4 KiB at random places
