@@ -14,7 +14,7 @@ use crate::tree::delta::{self, Counters, Delta, Value};
 use crate::tree::key::Key;
 use crate::tree::memtable::weight;
 use crate::tree::value::Extent;
-use crate::types::{CommitNo, FrameKind, FramePtr, Ino, Seq};
+use crate::types::{CommitNo, FrameKind, FramePtr, Ino, Seq, Timestamp};
 use parking_lot::Mutex;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -64,6 +64,8 @@ pub struct Committer {
     committed: CommitNo,
     /// When it was made (monotonic), or this committer began.
     committed_at: Duration,
+    /// When it was made, as it says itself.
+    committed_time: Timestamp,
     counters: Counters,
     /// The number of the next segment, as last seen: read when nobody else holds the log.
     next_seq: Seq,
@@ -97,13 +99,13 @@ pub(super) struct Taken {
 }
 
 impl Committer {
-    /// A committer that goes on behind `committed`.
+    /// A committer that goes on behind `committed`, which was made at that time.
     pub fn new(
         fs: Arc<Fs>,
         log: Arc<Mutex<LogWriter>>,
         shipping: Arc<dyn Shipping>,
         checkpointer: Checkpointer,
-        committed: CommitNo,
+        (committed, committed_time): (CommitNo, Timestamp),
     ) -> Committer {
         let counters = {
             let state = fs.state.lock();
@@ -119,6 +121,7 @@ impl Committer {
             closed_at: committed_at,
             committed,
             committed_at,
+            committed_time,
             counters,
             next_seq: Seq(0),
             log_bytes: 0,
@@ -356,7 +359,7 @@ impl Committer {
             }
         }
         drop(parts);
-        self.committed = taken.no;
+        (self.committed, self.committed_time) = (taken.no, time);
         self.committed_at = self.fs.env.clock.monotonic();
         self.counters = counters;
         self.publish(changes, counters);
@@ -452,7 +455,7 @@ impl Committer {
             levels,
             tree,
             commit: self.committed,
-            time: self.fs.env.clock.now(),
+            time: self.committed_time,
             counters: self.counters,
             replay_seq,
             replay_prev,

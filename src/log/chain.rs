@@ -473,6 +473,12 @@ pub(super) fn trailer_of(ctx: &VolumeContext, seq: Seq, bytes: &[u8]) -> Option<
         .flatten()
 }
 
+/// The head that a whole segment is and that of the one before it, if these are the bytes of one.
+pub fn whole(ctx: &VolumeContext, seq: Seq, bytes: &[u8]) -> Option<(Head, Option<Head>)> {
+    let (trailer, head) = trailer_of(ctx, seq, bytes)?;
+    super::torn::body_holds(&trailer, bytes).then_some((head, trailer.prev))
+}
+
 /// The head that segment `seq` in the store is, verified.
 pub async fn stored_head(ctx: &VolumeContext, store: &dyn Store, seq: Seq) -> Result<Head> {
     Ok(Source { seq, place: Place::Store(store) }.trailer(ctx).await?.head)
@@ -500,6 +506,7 @@ pub(crate) async fn end_in_store(ctx: &VolumeContext, store: &dyn Store, start: 
         }
         walk.epoch = end.trailer.header.epoch;
         walk.last_commit = end.trailer.last_commit;
+        walk.last_time = Some(end.trailer.last_time).filter(|_| end.trailer.commit_count > 0);
     }
     go_on(ctx, store, &mut walk).await?;
     Ok(walk)

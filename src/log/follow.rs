@@ -16,6 +16,8 @@ use std::collections::BTreeMap;
 const WINDOW_MAX: usize = 8;
 /// Heads remembered, to find out whether a checkpoint stands on the chain that was followed.
 const HEADS_MAX: usize = 4096;
+/// So many of them are looked for in the store's list: with what is behind, a page of it as a rule.
+const LOOKED_FOR: usize = 512;
 
 /// A commit that was followed to.
 pub struct FollowedCommit {
@@ -126,15 +128,20 @@ impl Tail {
     /// Looks for what asking for the next place cannot find: a store that was rolled back or forked behind our back, and
     /// segments behind a place that stays empty. Says how many segments are in the store behind the known end.
     pub async fn audit(&mut self, ctx: &VolumeContext, store: &dyn Store) -> Result<usize> {
-        let from = self.walk.head.map_or(Seq(1), |head| head.seq);
+        let seen: Vec<(Seq, Hash)> =
+            self.heads.iter().rev().take(LOOKED_FOR).map(|(s, h)| (*s, *h)).collect();
+        let from = seen.last().map_or(Seq(1), |(seq, _)| *seq);
         let listed = list_store(store, from).await?;
+        // Not the newest alone: home may have put another behind a hole before anybody looked.
+        let gone = seen.iter().find(|(seq, _)| listed.binary_search(seq).is_err());
+        if let Some((seq, hash)) = gone {
+            let newest = listed.last().copied();
+            return Err(rolled_back(Witness::Seen, Head { seq: *seq, hash: *hash }, newest));
+        }
         if let Some(head) = self.walk.head {
-            if listed.first() != Some(&head.seq) {
-                return Err(rolled_back(head, listed.first().copied()));
-            }
             let there = Source { seq: head.seq, place: Place::Store(store) }.trailer(ctx).await?.head;
             if there != head {
-                return Err(forked(head, there));
+                return Err(forked(Witness::Seen, head, there));
             }
         }
         let behind = listed.into_iter().filter(|seq| *seq >= self.walk.place);
@@ -149,28 +156,57 @@ impl Tail {
     }
 }
 
-/// The store ends before a segment that this host has seen.
-pub fn rolled_back(seen: Head, newest: Option<Seq>) -> Error {
+/// Who says that the store has held a segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Witness {
+    /// This host, which notes in its state directory what it has seen.
+    Seen,
+    /// The one who gave `--expect`.
+    Expected,
+}
+
+impl Witness {
+    fn says(self) -> &'static str {
+        match self {
+            Witness::Seen => "this host has seen this segment with",
+            Witness::Expected => "--expect names this segment with",
+        }
+    }
+
+    fn way_out(self) -> &'static str {
+        match self {
+            Witness::Seen => "a new state directory forgets what was seen",
+            Witness::Expected => "without --expect it is not asked for",
+        }
+    }
+}
+
+/// The store ends before a segment that it has held.
+pub fn rolled_back(by: Witness, seen: Head, newest: Option<Seq>) -> Error {
     Error::corrupt(
         segment_name(seen.seq),
         format!(
-            "ROLLBACK: this host has seen this segment (hash {}), but the store's newest is {}: the store was rolled \
-             back, or lost it. Ask the store's operator for what is missing; a new state directory forgets what was seen",
+            "ROLLBACK: {} hash {}, but the store's newest is {}: the store was rolled back, or lost it. Ask the store's \
+             operator for what is missing; {}",
+            by.says(),
             seen.hash,
-            newest.map_or_else(|| "none".into(), segment_name)
+            newest.map_or_else(|| "none".into(), segment_name),
+            by.way_out()
         ),
     )
 }
 
-/// The store has another segment under the number of one that this host has seen.
-pub fn forked(seen: Head, there: Head) -> Error {
+/// The store has another segment under the number of one that it has held.
+pub fn forked(by: Witness, seen: Head, there: Head) -> Error {
     Error::corrupt(
         segment_name(seen.seq),
         format!(
-            "FORK: this host has seen this segment with hash {}, and the store now has one with hash {} under that \
-             number: the history was forked, or exchanged. Find out who else writes with the writer's key; only if that \
-             was meant, use a new state directory",
-            seen.hash, there.hash
+            "FORK: {} hash {}, and the store has one with hash {} under that number: the history was forked, or exchanged. \
+             Find out who else writes with the writer's key; only if that was meant, go on: {}",
+            by.says(),
+            seen.hash,
+            there.hash,
+            by.way_out()
         ),
     )
 }

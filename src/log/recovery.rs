@@ -53,8 +53,8 @@ pub struct Recovered {
     pub last_commit: CommitNo,
     /// Every segment in `log/`, in order, all closed; also those before the checkpoint that may not be sent yet.
     pub local: Vec<ClosedSegment>,
-    /// The newest segment in the store; older ones may be missing there when uploads were cut off. `None` when it
-    /// holds none or was not asked.
+    /// The newest segment in the store, 0 when it holds none; older ones may be missing there when uploads were cut off.
+    /// `None` when it was not asked.
     pub store_newest: Option<Seq>,
     /// Segments whose commits were looked at.
     pub segments_read: usize,
@@ -104,7 +104,7 @@ pub async fn recover(
     if let (Role::Writer, Some(store)) = (role, store) {
         refuse_takeover(ctx, dir, store, &spool, listed.as_deref(), &start).await?;
     }
-    let store_newest = listed.as_ref().and_then(|seqs| seqs.last().copied());
+    let store_newest = listed.as_ref().map(|seqs| seqs.last().copied().unwrap_or_default());
     if let Some((seq, _)) = spool.torn.as_ref().filter(|(seq, _)| *seq < start.replay_seq) {
         return Err(Error::corrupt(
             dir.log_path(*seq).display(),

@@ -364,7 +364,9 @@ impl UncheckedTrailer {
     /// Takes the last [`TRAILER_LEN`] bytes of `tail` apart; `object` is for the message.
     pub fn parse(tail: &[u8], object: &str) -> Result<UncheckedTrailer> {
         let bad = |detail| Error::corrupt(object, detail);
-        let bytes = tail.last_chunk::<TRAILER_LEN>().ok_or_else(|| bad("too short for a segment"))?;
+        let bytes = tail
+            .last_chunk::<TRAILER_LEN>()
+            .ok_or_else(|| bad("too short for a segment; if it is there by mistake, take it out of log/"))?;
         let mut fields = Fields(bytes);
         if fields.bytes() != Some(TRAILER_MAGIC) {
             return Err(bad("has no segment trailer"));

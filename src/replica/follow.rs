@@ -2,6 +2,7 @@
 //! Invariant: it moves by whole commits, in order, verified; what is wrong with the store stops it where it is, and
 //! it goes on serving that state and says why. It holds the volume only while it works.
 
+use super::held;
 use super::io::Io;
 use super::opening::{self, Opened, Version};
 use super::trust::{too_old, write_pin_if_newer};
@@ -236,6 +237,10 @@ impl Follower {
         if let Some(why) = &at.broken {
             return Err(Error::Latched(why.clone()));
         }
+        if matches!(self.account.lock().trouble, Some(Trouble::Wrong(_))) {
+            // What was wrong must be right again before anything is taken: home may put more over a hole.
+            at.tail.audit(&self.parts.ctx, &*self.parts.store).await?;
+        }
         let found = at.tail.next(&self.parts.ctx, &*self.parts.store).await?;
         let more = !found.is_empty();
         self.account.lock().contact = self.parts.env.clock.monotonic();
@@ -335,7 +340,8 @@ impl Follower {
             Version::Newest,
         )
         .await?;
-        let Opened { recovery, recovered, time, .. } = opened;
+        let Opened { recovery, recovered, time, root, .. } = opened;
+        held::stands(root.as_ref(), recovered.head)?;
         let (no, before) = (recovery.last_commit, self.parts.fs.position().1);
         if no <= before {
             return Ok(());

@@ -2,11 +2,10 @@
 //! Invariant: the mark is put only behind everything that was written here, into the one next place of the chain; once it
 //! is there this host writes no more.
 
-use super::divergent::{FENCED, Standing, newest_end};
-use super::opening;
+use super::divergent::{FENCED, Standing};
+use super::held;
 use super::proof::{ProvenStore, Put};
 use super::volume::Volume;
-use crate::log::chain::{self, ChainStart};
 use crate::log::claim::{self, About, Mark};
 use crate::log::segment::{Kind, segment_name};
 use crate::log::{self, Error, Result};
@@ -26,10 +25,7 @@ impl Volume {
 
     async fn put_handover(&self, host: &str, to: &str) -> Result<Head> {
         let (ctx, store) = (&*self.ctx, &*self.store);
-        let root = opening::stored_checkpoint(ctx, store).await?;
-        let start = root.map_or_else(ChainStart::default, |root| root.chain_start());
-        let mut walk = chain::end_in_store(ctx, store, &start).await?;
-        newest_end(ctx, store, &mut walk).await?;
+        let (_, walk) = held::chain_in_store(ctx, store).await?;
         let standing = Standing::find(ctx, &self.dir, store).await?;
         if !standing.tail.is_empty() || walk.barred {
             return Err(Error::Refused(format!(

@@ -7,6 +7,7 @@ pub mod durable;
 mod figures;
 pub mod follow;
 mod handover;
+mod held;
 mod io;
 pub mod listing;
 mod opening;

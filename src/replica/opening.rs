@@ -3,6 +3,7 @@
 //! than what this host has seen, or different from it, is refused and said to be so.
 
 use super::divergent;
+use super::held;
 use super::trust;
 use super::volume::OpenOptions;
 use crate::clock::Env;
@@ -66,6 +67,8 @@ pub(super) struct Opened {
     pub time: Option<Timestamp>,
     /// First segment that a replay needs.
     pub replay_seq: Seq,
+    /// The checkpoint that it was found by.
+    pub root: Option<Root>,
 }
 
 /// True for a writer that holds the volume's own copy of everything it needs.
@@ -173,6 +176,7 @@ pub(super) async fn recover(
         recovered,
         time,
         replay_seq: start.replay_seq,
+        root,
     })
 }
 
@@ -247,10 +251,13 @@ async fn newest_checkpoint(
         names.retain(|name| checkpoint::commit_of(name).is_some_and(|no| no <= at));
     }
     if let Version::Time(at) = version {
-        return checkpoint_before(ctx, dir, store, names, at).await;
+        names = checkpoints_before(ctx, dir, store, names, at).await?;
     }
     for name in names {
-        if let Some(root) = usable_checkpoint(ctx, dir, store, &name).await? {
+        if let Some(root) = usable_checkpoint(ctx, dir, store, &name).await?
+            // The newest is held against the end of the chain when that is known.
+            && (version == Version::Newest || held::has_root(ctx, dir, store, &root).await?)
+        {
             return Ok(Some(root));
         }
     }
@@ -276,23 +283,20 @@ pub(super) async fn stored_root(ctx: &VolumeContext, store: &dyn Store, name: &s
     checkpoint::open(&bytes, name, ctx.id, &ctx.key, &ctx.writer_public)
 }
 
-/// The newest checkpoint made at `at` or before; few requests among many checkpoints (they are in order of time).
-async fn checkpoint_before(
+/// Of the names, the newest first, those of checkpoints made at `at` or before; few requests among many (they are in
+/// order of time).
+async fn checkpoints_before(
     ctx: &VolumeContext,
     dir: &StateDir,
     store: Option<&dyn Store>,
     mut names: Vec<String>,
     at: Timestamp,
-) -> Result<Option<Root>> {
+) -> Result<Vec<String>> {
     let (mut low, mut high) = (0, names.len());
-    let mut best = None;
     while low < high {
         let middle = (low + high) / 2;
         match usable_checkpoint(ctx, dir, store, &names[middle]).await? {
-            Some(root) if root.time <= at => {
-                best = Some(root);
-                high = middle;
-            }
+            Some(root) if root.time <= at => high = middle,
             Some(_) => low = middle + 1,
             None => {
                 names.remove(middle);
@@ -300,7 +304,7 @@ async fn checkpoint_before(
             }
         }
     }
-    Ok(best)
+    Ok(names.split_off(high))
 }
 
 /// The checkpoint of that name; `None`, loudly, if it is damaged or gone.
@@ -437,10 +441,15 @@ pub(super) async fn find(
         divergent::refuse_reader(&ctx, dir, store).await?;
     }
     let opened = recover(&ctx, dir, &options.env, store, role, options.version).await?;
+    if role == Role::Writer {
+        held::refuse_unfinished(&ctx, dir, &opened.recovered)?;
+        held::stands(opened.root.as_ref(), opened.recovered.head)?;
+    }
     if let (Role::Reader, Some(store)) = (role, store) {
         let head = opened.recovered.head;
         if options.version == Version::Newest {
             trust::check_pin(&ctx, dir, store, head).await?;
+            held::stands(opened.root.as_ref(), head)?;
         }
         options
             .trust

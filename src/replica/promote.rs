@@ -5,12 +5,13 @@
 //! as long as it may have been put no other takes its number.
 
 use super::divergent::{FENCED, Standing, marked, newest_end, set_aside};
+use super::held;
 use super::opening::{self, Version, context};
 use super::proof::{ProvenStore, Put};
 use super::trust::{self, Trust};
 use crate::clock::Env;
 use crate::crypto::keyfile::{KeyFile, Role as KeyRole};
-use crate::log::chain::{self, ChainStart, Walk};
+use crate::log::chain::{self, Walk};
 use crate::log::claim::{self, About, Mark};
 use crate::log::recovery::Role;
 use crate::log::segment::{Kind, VolumeContext, segment_name};
@@ -116,10 +117,7 @@ pub async fn promote(options: &Promotion) -> Result<Report> {
     let known = dir.read(log::volume::NAME)?.unwrap_or_default().into();
     let store = ProvenStore::new(options.store.clone(), known, options.env.clock.clone());
     store.require().await?;
-    let root = opening::stored_checkpoint(&ctx, &*options.store).await?;
-    let start = root.map_or_else(ChainStart::default, |root| root.chain_start());
-    let mut walk = chain::end_in_store(&ctx, &*options.store, &start).await?;
-    newest_end(&ctx, &*options.store, &mut walk).await?;
+    let (root, mut walk) = held::chain_in_store(&ctx, &*options.store).await?;
     walk.last_time = walk.last_time.or(root.map(|root| root.time));
     trust::check_pin(&ctx, &dir, &*options.store, walk.head).await?;
     options.trust.check_expected(&ctx, &*options.store, walk.head).await?;
@@ -171,6 +169,11 @@ impl Taking<'_> {
             let claimed =
                 standing.common.and_then(|common| self.own_claim(common.seq).transpose()).transpose()?;
             if claimed.is_some() || fenced.is_none() {
+                if let Some(head) =
+                    standing.common.and_then(|common| common.head).filter(|_| claimed.is_some())
+                {
+                    trust::write_pin_if_newer(&self.dir, head)?; // that it won is known now
+                }
                 self.drop_fence()?;
                 let before = claimed.is_some() && tail.is_empty();
                 self.report.came = if before { Came::Before } else { Came::Writer };

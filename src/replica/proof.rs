@@ -3,8 +3,11 @@
 //! offers `volume.json` once more, with the bytes that are there. A good store refuses that; a bad one takes it, and
 //! is found out without harm. Nothing has to be deleted.
 
+use super::durable::Durable;
 use crate::clock::Clock;
 use crate::disk::FileRef;
+use crate::log::chain::stored_head;
+use crate::log::segment::{VolumeContext, segment_name};
 use crate::log::{self, volume};
 use crate::store::{ObjectInfo, Store, StoreError};
 use ::log::{info, warn};
@@ -27,8 +30,8 @@ const OPENING_TIMEOUT: Duration = Duration::from_secs(10);
 enum Verdict {
     /// It keeps put-if-absent.
     Kept,
-    /// It overwrites what is there.
-    Overwrites(StoreError),
+    /// It overwrites what is there, or has lost what it had confirmed: nothing may be put.
+    Unfit(StoreError),
     /// It could not be tried out.
     Unknown(StoreError),
 }
@@ -39,6 +42,8 @@ pub(super) struct ProvenStore {
     /// `volume.json`, as this host knows it.
     superblock: Bytes,
     clock: Arc<dyn Clock>,
+    /// What it was asked to keep, and with what that is read: it is looked at with each proof.
+    kept: Option<(Arc<VolumeContext>, Arc<Durable>)>,
     /// When it was proven last. Held over the proof, so that many uploads make one.
     proven: Mutex<Option<Duration>>,
 }
@@ -54,7 +59,12 @@ pub enum Put {
 
 impl ProvenStore {
     pub fn new(inner: Arc<dyn Store>, superblock: Bytes, clock: Arc<dyn Clock>) -> ProvenStore {
-        ProvenStore { inner, superblock, clock, proven: Mutex::new(None) }
+        ProvenStore { inner, superblock, clock, kept: None, proven: Mutex::new(None) }
+    }
+
+    /// The same, for who keeps account of what the store has confirmed: nothing is put behind a newest segment that is gone.
+    pub fn keeping(self, ctx: Arc<VolumeContext>, durable: Arc<Durable>) -> ProvenStore {
+        ProvenStore { kept: Some((ctx, durable)), ..self }
     }
 
     /// Tries the store out, unless that was done not long ago.
@@ -89,7 +99,7 @@ impl ProvenStore {
     /// A writer does not begin on a store that overwrites. What cannot be told now, the uploader finds out.
     pub async fn refuse_to_begin(&self) -> log::Result<()> {
         match tokio::time::timeout(OPENING_TIMEOUT, self.verdict()).await {
-            Ok(Verdict::Overwrites(error)) => return Err(log::Error::Refused(error.to_string())),
+            Ok(Verdict::Unfit(error)) => return Err(log::Error::Refused(error.to_string())),
             Ok(Verdict::Unknown(error)) => warn!("{error}; the store is tried out before the first upload"),
             Ok(Verdict::Kept) | Err(_) => {}
         }
@@ -115,7 +125,7 @@ impl ProvenStore {
         match self.verdict().await {
             Verdict::Kept => Ok(()),
             // Nothing that could be put right here; all else is what the store said, and its user's to mend.
-            Verdict::Overwrites(error) => Err(log::Error::Refused(error.to_string())),
+            Verdict::Unfit(error) => Err(log::Error::Refused(error.to_string())),
             Verdict::Unknown(error) => Err(log::Error::Store(error)),
         }
     }
@@ -128,9 +138,12 @@ impl ProvenStore {
             let detail = "is not the one this host knows: the store may have been exchanged, or damages data";
             return Err(StoreError::unavailable(name, detail));
         }
+        if let Some(lost) = self.lost().await? {
+            return Ok(Verdict::Unfit(lost));
+        }
         Ok(match self.inner.put_once(name, self.superblock.clone()).await {
             Err(StoreError::AlreadyExists { .. }) => Verdict::Kept,
-            Ok(()) => Verdict::Overwrites(StoreError::denied(
+            Ok(()) => Verdict::Unfit(StoreError::denied(
                 name,
                 "the store overwrites objects that are to be created only if absent (it took this one, which is \
                  there, a second time), so two writers could destroy each other's data. Nothing is written to it; \
@@ -141,10 +154,32 @@ impl ProvenStore {
         })
     }
 
+    /// What to say when the newest segment that it has confirmed is not there any more.
+    async fn lost(&self) -> Result<Option<StoreError>, StoreError> {
+        let Some((ctx, durable)) = &self.kept else { return Ok(None) };
+        let Some(head) = durable.snapshot().remote_head else { return Ok(None) };
+        let name = segment_name(head.seq);
+        let rolled_back = |what: &str| {
+            let detail = format!(
+                "ROLLBACK: the store had confirmed this segment, and {what}: it was rolled back, or lost it. Nothing more is \
+                 put over the hole. Ask the store's operator; when the volume is mounted anew, what lies whole on this host \
+                 is sent again"
+            );
+            Ok(Some(StoreError::denied(&name, detail)))
+        };
+        match stored_head(ctx, &*self.inner, head.seq).await {
+            Ok(there) if there == head => Ok(None),
+            Ok(_) => rolled_back("has another one now"),
+            Err(log::Error::Store(StoreError::NotFound { .. })) => rolled_back("does not hold it any more"),
+            Err(log::Error::Store(e)) => Err(e),
+            Err(e) => Err(StoreError::unavailable(&name, e)),
+        }
+    }
+
     async fn prove(&self) -> Result<(), StoreError> {
         match self.verdict().await {
             Verdict::Kept => Ok(()),
-            Verdict::Overwrites(error) | Verdict::Unknown(error) => Err(error),
+            Verdict::Unfit(error) | Verdict::Unknown(error) => Err(error),
         }
     }
 }
@@ -284,7 +319,7 @@ mod tests {
             let fault = Arc::new(FaultStore::new(memory, seed, faults));
             let retry = RetryStore::new(fault, Env::system(), RetryPolicy::default());
             let verdict = proven(Arc::new(retry)).verdict().await;
-            assert!(!matches!(verdict, Verdict::Overwrites(_)), "seed {seed}");
+            assert!(!matches!(verdict, Verdict::Unfit(_)), "seed {seed}");
         }
     }
 }

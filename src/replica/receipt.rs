@@ -19,13 +19,18 @@ use crate::ops::receipt::{Asked, FORMAT, Manifest, Receipt, Stand, head_text};
 use crate::ops::signed::{Kind, seal};
 use crate::ops::status::CommitPoint;
 use crate::tree::value::FileType;
-use crate::types::{CommitNo, FramePtr, Hash, Head, Timestamp};
+use crate::types::{CommitNo, FramePtr, Hash, Head, Seq, Timestamp};
+use futures::StreamExt;
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// How often it is looked whether to go on.
 const LOOK: Duration = Duration::from_millis(100);
+/// Segments that the store is asked for at a time.
+const ASKED_AT_ONCE: usize = 32;
 /// Holes are hashed in pieces of so many bytes.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
@@ -66,7 +71,8 @@ impl Signing<'_> {
         let text = match asked {
             Asked::File { path } => {
                 let past = self.open(self.durable()?.remote)?;
-                let (file, hash) = self.contents(&past.fs, path)?;
+                let (file, hash, segments) = self.contents(&past.fs, path)?;
+                self.held(segments)?; // what was read may have come from this host
                 let stand = self.stand(&past)?;
                 let receipt = Receipt {
                     path: shown(path),
@@ -163,9 +169,28 @@ impl Signing<'_> {
         })
     }
 
-    /// The file at `path`, and the hash of what is in it.
-    fn contents(&self, fs: &Fs, path: &[u8]) -> Result<(Attr, Hash), String> {
+    /// Fails unless the store still has each of the segments.
+    fn held(&self, segments: BTreeSet<Seq>) -> Result<(), String> {
+        let (ctx, store) = (&self.volume.ctx, &self.volume.store);
+        let mut asked = futures::stream::iter(segments)
+            .map(|seq| async move { (seq, audit::stored(ctx, &**store, seq).await) })
+            .buffer_unordered(ASKED_AT_ONCE);
+        while let Some((seq, found)) = self.wait(asked.next())? {
+            found.map_err(|e| {
+                format!(
+                    "{} holds part of the contents, and the store does not give it: {e}",
+                    segment_name(seq)
+                )
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The file at `path`, the hash of what is in it, and the segments where it lies.
+    fn contents(&self, fs: &Fs, path: &[u8]) -> Result<(Attr, Hash, BTreeSet<Seq>), String> {
+        let segments = RefCell::new(BTreeSet::new());
         let fetch = |ptrs: &[FramePtr]| -> log::Result<()> {
+            segments.borrow_mut().extend(ptrs.iter().map(|ptr| ptr.seq));
             self.wait(self.volume.fetch(ptrs)).map_err(Error::Refused)?
         };
         let reader = Reader { fs, fetch: &fetch };
@@ -203,7 +228,7 @@ impl Signing<'_> {
         });
         read.map_err(named)?;
         zeros(&mut hasher, at, file.inode.size)?;
-        Ok((file, hasher.finish()))
+        Ok((file, hasher.finish(), segments.take()))
     }
 }
 
@@ -226,7 +251,17 @@ pub fn chain_holds(
         }
         let chain = audit::chain(&ctx, &*place.store).await?;
         let member = chain.members.iter().any(|(seq, _)| *seq == head.seq);
-        let aside = || format!("segment {} is there, but not part of the history", head.seq);
-        Ok((member.then_some(()).ok_or_else(aside), chain.findings))
+        // A hole before the segment may be where the contents were.
+        let hole = chain.findings.iter().find(|finding| {
+            crate::log::segment::seq_of_name(&finding.object).is_some_and(|seq| seq <= head.seq)
+        });
+        let holds = match hole {
+            _ if !member => Err(format!("segment {} is there, but not part of the history", head.seq)),
+            Some(hole) => {
+                Err(format!("the history before segment {} is not whole: {}", head.seq, hole.object))
+            }
+            None => Ok(()),
+        };
+        Ok((holds, chain.findings))
     })
 }

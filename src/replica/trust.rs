@@ -3,6 +3,7 @@
 //! message says which of these it is and what to do.
 
 use super::follow::age;
+use crate::log::follow::Witness;
 use crate::log::segment::VolumeContext;
 use crate::log::statedir::StateDir;
 use crate::log::{Error, Result, chain, follow};
@@ -43,13 +44,13 @@ impl Trust {
     ) -> Result<()> {
         let Some(expected) = self.expect else { return Ok(()) };
         if let Some(head) = head.filter(|head| head.seq < expected.seq) {
-            return Err(follow::rolled_back(expected, Some(head.seq)));
+            return Err(follow::rolled_back(Witness::Expected, expected, Some(head.seq)));
         }
         match chain::stored_head(ctx, store, expected.seq).await {
             Ok(found) if found == expected => Ok(()),
-            Ok(found) => Err(follow::forked(expected, found)),
+            Ok(found) => Err(follow::forked(Witness::Expected, expected, found)),
             Err(Error::Store(StoreError::NotFound { .. })) => {
-                Err(follow::rolled_back(expected, head.map(|head| head.seq)))
+                Err(follow::rolled_back(Witness::Expected, expected, head.map(|head| head.seq)))
             }
             Err(e) => Err(e),
         }
@@ -84,12 +85,12 @@ pub(super) async fn check_pin(
     let pinned = read_pin(dir)?;
     if let Some(pinned) = pinned {
         let Some(head) = head.filter(|head| head.seq >= pinned.seq) else {
-            return Err(follow::rolled_back(pinned, head.map(|head| head.seq)));
+            return Err(follow::rolled_back(Witness::Seen, pinned, head.map(|head| head.seq)));
         };
         let found =
             if head.seq == pinned.seq { head } else { chain::stored_head(ctx, store, pinned.seq).await? };
         if found != pinned {
-            return Err(follow::forked(pinned, found));
+            return Err(follow::forked(Witness::Seen, pinned, found));
         }
     }
     match head {
@@ -111,7 +112,8 @@ pub(super) fn write_pin_if_newer(dir: &StateDir, head: Head) -> Result<()> {
     }
 }
 
-fn read_pin(dir: &StateDir) -> Result<Option<Head>> {
+/// The newest head that is remembered.
+pub(super) fn read_pin(dir: &StateDir) -> Result<Option<Head>> {
     let Some(bytes) = dir.read(PIN)? else { return Ok(None) };
     match parse_pin(&bytes) {
         Some(head) => Ok(Some(head)),

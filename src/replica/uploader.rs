@@ -32,6 +32,8 @@ const TRUSTED_FOR: Duration = Duration::from_secs(60);
 /// How long a segment waits for a busy local disk, and how often that is looked at.
 const HOLD_MAX: Duration = Duration::from_secs(1);
 const HOLD_TICK: Duration = Duration::from_millis(20);
+/// Bytes of segments on their way at once, at most, if it is more than one.
+const BYTES_MAX: u64 = 64 << 20;
 /// One in so many failures of the same upload is logged; the status shows each.
 const LOG_EVERY: u64 = 12;
 
@@ -183,7 +185,7 @@ impl Drop for Uploader {
 async fn run(shared: Arc<Shared>, mut incoming: mpsc::UnboundedReceiver<Upload>, in_flight: usize) {
     let mut halt = shared.halt.subscribe();
     let mut segments = VecDeque::new();
-    let mut alone = false;
+    let mut under_way = UnderWay { most: in_flight, count: 0, bytes: 0, alone: false };
     let mut checkpoints: VecDeque<(String, Bytes, Seq)> = VecDeque::new();
     let mut flying = FuturesOrdered::new();
     let mut saving: Option<BoxFuture<'static, ()>> = None;
@@ -192,7 +194,7 @@ async fn run(shared: Arc<Shared>, mut incoming: mpsc::UnboundedReceiver<Upload>,
         // again would take the disk from it.
         let since = segments.front().map(|(_, since)| *since);
         let held = since.is_some_and(|since| shared.now() < since + HOLD_MAX) && (shared.busy)();
-        while !held && let Some(segment) = next_to_send(&mut segments, flying.len(), &mut alone, in_flight) {
+        while !held && let Some(segment) = under_way.next(&mut segments) {
             flying.push_back(send_segment(shared.clone(), segment));
         }
         if saving.is_none() {
@@ -205,7 +207,10 @@ async fn run(shared: Arc<Shared>, mut incoming: mpsc::UnboundedReceiver<Upload>,
         tokio::select! {
             biased;
             _ = halt.wait_for(|halted| *halted) => return,
-            Some(segment) = flying.next(), if !flying.is_empty() => shared.segment_sent(&segment),
+            Some(segment) = flying.next(), if !flying.is_empty() => {
+                under_way.arrived(&segment);
+                shared.segment_sent(&segment);
+            }
             () = tokio::time::sleep(HOLD_TICK), if held => (),
             () = finished(&mut saving) => {
                 saving = None;
@@ -221,23 +226,36 @@ async fn run(shared: Arc<Shared>, mut incoming: mpsc::UnboundedReceiver<Upload>,
     }
 }
 
-/// The segment to send now, if any. One whose trailer does not know what the store holds goes alone: a reader abroad
-/// could not tell a gap before it from a loss.
-fn next_to_send(
-    segments: &mut VecDeque<(ClosedSegment, Duration)>,
-    flying: usize,
-    alone: &mut bool,
-    in_flight: usize,
-) -> Option<ClosedSegment> {
-    if flying == 0 {
-        *alone = false;
+/// What is on its way. Many small segments may be: each thread that waits in `fsync` makes one, and takes its turn only
+/// when they share the round trip. Of large ones few fill the link, and each may be in memory.
+struct UnderWay {
+    most: usize,
+    count: usize,
+    bytes: u64,
+    /// The one that is, must be the only one.
+    alone: bool,
+}
+
+impl UnderWay {
+    /// The segment to send now, if any. One whose trailer does not know what the store holds goes alone: a reader abroad
+    /// could not tell a gap before it from a loss.
+    fn next(&mut self, segments: &mut VecDeque<(ClosedSegment, Duration)>) -> Option<ClosedSegment> {
+        let (front, _) = segments.front()?;
+        let wants_alone = front.stored == Seq(0);
+        let full = self.count >= self.most || self.bytes + front.len > BYTES_MAX;
+        if self.count > 0 && (self.alone || wants_alone || full) {
+            return None;
+        }
+        self.alone = wants_alone;
+        self.count += 1;
+        self.bytes += front.len;
+        segments.pop_front().map(|(segment, _)| segment)
     }
-    let wants_alone = segments.front()?.0.stored == Seq(0);
-    if *alone || flying >= in_flight || (wants_alone && flying > 0) {
-        return None;
+
+    fn arrived(&mut self, segment: &ClosedSegment) {
+        self.count -= 1;
+        self.bytes -= segment.len;
     }
-    *alone = wants_alone;
-    segments.pop_front().map(|(segment, _)| segment)
 }
 
 /// Waits for the future in `slot`; for ever when there is none.

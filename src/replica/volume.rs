@@ -5,6 +5,7 @@
 use super::divergent::FENCED;
 use super::durable::{Durable, Position, Protection, WaitError};
 use super::follow::{Follower, Parts as Parted};
+use super::held;
 use super::io::Io;
 use super::opening::{self, Opened, Version};
 use super::orphans;
@@ -342,6 +343,7 @@ impl Parts<'_> {
         let proven = ProvenStore::new(self.options.store.clone(), superblock, env.clock.clone());
         if self.store.is_some() {
             self.runtime.block_on(proven.refuse_to_begin())?;
+            self.runtime.block_on(held::send_again(&self.ctx, self.dir, &proven, &opened))?;
         }
         // Applications wait for a successor: it must not wait for the store.
         let patience = self.before.map_or(FIND_TIMEOUT, |_| FIND_TIMEOUT_AFTER);
@@ -355,13 +357,17 @@ impl Parts<'_> {
         let remote = unsent.first().map_or(last_commit, |first| {
             sent.iter().rev().find(|s| s.head.seq < first.head.seq).map_or(CommitNo(0), |s| s.last_commit)
         });
-        let remote_head = sent.last().map(|segment| segment.head);
+        // What has left `log/` was sent.
+        let here = |prev: &Head| sent.iter().chain(&unsent).any(|s| s.head.seq == prev.seq);
+        let left = opened.root.and_then(|root| root.replay_prev).filter(|prev| !here(prev));
+        let remote_head = sent.last().map(|segment| segment.head).or(left);
         let at = Position { local: last_commit, remote, remote_head };
         let at = self.before.map_or(at, |before| before.position(at));
         let (protection, sync_timeout) = (self.options.protection, self.options.sync_timeout);
         let durable = Arc::new(Durable::new(protection, sync_timeout, env.clone(), at));
         durable.start_ticker(self.runtime.handle());
         let replay_seq = opened.replay_seq;
+        let last = (last_commit, opened.time.unwrap_or_else(|| env.clock.now()));
         let times = Times { newest: opened.time, remote: opened.time, recent: Default::default() };
         let shipper = Arc::new(Shipper {
             dir: self.dir.clone(),
@@ -377,6 +383,7 @@ impl Parts<'_> {
             fs: OnceLock::new(),
             closing: AtomicBool::new(false),
         });
+        let proven = proven.keeping(shipper.ctx.clone(), durable.clone());
         shipper.start_uploader(Arc::new(proven), self.options.uploads);
         shipper.retire();
         unsent.into_iter().for_each(|segment| shipper.push(Upload::Segment(segment)));
@@ -400,7 +407,7 @@ impl Parts<'_> {
             }
         }));
         let checkpointer = Checkpointer::new(fs.clone(), log.clone(), shipper.clone(), replay_seq);
-        let committer = Committer::new(fs.clone(), log, shipper.clone(), checkpointer, last_commit);
+        let committer = Committer::new(fs.clone(), log, shipper.clone(), checkpointer, last);
         let thread = threads
             .spawn("committer", Box::new(move || committer.run()))
             .map_err(Error::io("start the committer's thread"))?;

@@ -41,6 +41,7 @@ CASES = {
     "control_dir": (120, [None]),
     "store_refusals": (180, [None]),
     "credentials": (120, [None]),
+    "lost_by_store": (180, [None]),
     "reader_credential": (120, [None]),
     "link": (240, ["strict", "available", "local", "reads", "drain"]),
     "real_input": (900, ["file", "s3"]),

@@ -289,3 +289,32 @@ async fn a_stop_leaves_the_rest_to_the_next_start() {
     until_idle(&second).await;
     assert_eq!(store.list("log/", None, 9).await.unwrap().len(), 3);
 }
+
+#[test]
+fn many_small_segments_are_under_way_at_once_and_few_large_ones() {
+    let waiting = |lens: &[u64]| -> VecDeque<(ClosedSegment, Duration)> {
+        let segment = |len| ClosedSegment {
+            file: FileRef::system(std::path::Path::new("nowhere")),
+            len,
+            head: Head { seq: Seq(2), hash: Hash([0; 32]) },
+            last_commit: CommitNo(1),
+            stored: Seq(1),
+            closed_at: None,
+        };
+        lens.iter().map(|len| (segment(*len), Duration::ZERO)).collect()
+    };
+    let sent = |most, lens: &[u64]| {
+        let mut under_way = UnderWay { most, count: 0, bytes: 0, alone: false };
+        let mut segments = waiting(lens);
+        std::iter::from_fn(|| under_way.next(&mut segments)).count()
+    };
+    assert_eq!(sent(3, &[1000; 10]), 3);
+    assert_eq!(sent(32, &[16 << 20; 10]), 4);
+    assert_eq!(sent(32, &[3 << 30, 1]), 1, "one goes whatever its size");
+    let mut under_way = UnderWay { most: 2, count: 0, bytes: 0, alone: false };
+    let mut segments = waiting(&[5, 6, 7]);
+    let first = under_way.next(&mut segments).unwrap();
+    assert!(under_way.next(&mut segments).is_some() && under_way.next(&mut segments).is_none());
+    under_way.arrived(&first);
+    assert_eq!(under_way.next(&mut segments).map(|s| s.len), Some(7));
+}
