@@ -3,6 +3,7 @@
 //! again where it lies whole on this host; else it is named, with the way out.
 
 use super::divergent::newest_end;
+use super::durable::Position;
 use super::opening::{self, Opened};
 use super::proof::ProvenStore;
 use super::trust;
@@ -12,10 +13,10 @@ use crate::log::follow::{Witness, rolled_back};
 use crate::log::recovery::Recovered;
 use crate::log::segment::{Kind, VolumeContext, segment_name};
 use crate::log::statedir::StateDir;
-use crate::log::{Error, Result};
+use crate::log::{ClosedSegment, Error, Result};
 use crate::store::{Store, StoreError};
 use crate::tree::checkpoint::{self, Root};
-use crate::types::{Head, Seq};
+use crate::types::{CommitNo, Head, Seq};
 
 /// A segment that is no more than a mark is not longer, in bytes.
 const MARK_MAX: u64 = 64 << 10;
@@ -120,6 +121,18 @@ pub(super) async fn send_again(
         }
     }
     Ok(())
+}
+
+/// What is durable where when a writer begins, whose segments in `log/` are `sent` or `unsent`.
+pub(super) fn position(opened: &Opened, sent: &[ClosedSegment], unsent: &[ClosedSegment]) -> Position {
+    let local = opened.recovery.last_commit;
+    let remote = unsent.first().map_or(local, |first| {
+        sent.iter().rev().find(|s| s.head.seq < first.head.seq).map_or(CommitNo(0), |s| s.last_commit)
+    });
+    // What has left `log/` was sent.
+    let here = |prev: &Head| sent.iter().chain(unsent).any(|s| s.head.seq == prev.seq);
+    let left = opened.root.and_then(|root| root.replay_prev).filter(|prev| !here(prev));
+    Position { local, remote, remote_head: sent.last().map(|segment| segment.head).or(left) }
 }
 
 /// A claim that a `promote` has left in `log/`, and of which it is not known here whether it won. To go on with it is

@@ -3,7 +3,7 @@
 //! store before anybody is told otherwise.
 
 use super::divergent::FENCED;
-use super::durable::{Durable, Position, Protection, WaitError};
+use super::durable::{Durable, Protection, WaitError};
 use super::follow::{Follower, Parts as Parted};
 use super::held;
 use super::io::Io;
@@ -354,14 +354,7 @@ impl Parts<'_> {
         };
         let checkpoint =
             self.runtime.block_on(opening::unsent_checkpoint(&self.ctx, self.dir, self.store))?;
-        let remote = unsent.first().map_or(last_commit, |first| {
-            sent.iter().rev().find(|s| s.head.seq < first.head.seq).map_or(CommitNo(0), |s| s.last_commit)
-        });
-        // What has left `log/` was sent.
-        let here = |prev: &Head| sent.iter().chain(&unsent).any(|s| s.head.seq == prev.seq);
-        let left = opened.root.and_then(|root| root.replay_prev).filter(|prev| !here(prev));
-        let remote_head = sent.last().map(|segment| segment.head).or(left);
-        let at = Position { local: last_commit, remote, remote_head };
+        let at = held::position(&opened, &sent, &unsent);
         let at = self.before.map_or(at, |before| before.position(at));
         let (protection, sync_timeout) = (self.options.protection, self.options.sync_timeout);
         let durable = Arc::new(Durable::new(protection, sync_timeout, env.clone(), at));
