@@ -6,7 +6,7 @@ use super::options::parse_duration;
 use super::progress::Counting;
 use super::reading::{ReadArgs, Reading};
 use super::receipt::read_signed;
-use super::{print, print_error, print_json, seam, signals};
+use super::{print, print_error, print_json, print_lines, seam, signals};
 use crate::clock::{Clock, Env};
 use crate::crypto::keyfile::{DrillKeyFile, Role};
 use crate::crypto::sign::PublicKey;
@@ -164,7 +164,7 @@ fn check(args: &CheckArgs) -> Outcome {
 fn show(report: &Report, json: bool) -> Outcome {
     match json {
         true => print_json(report)?,
-        false => print(&report.text()),
+        false => print_lines(&report.text()),
     }
     Ok(if report.passed { ExitCode::Ok } else { ExitCode::Found })
 }

@@ -38,6 +38,7 @@ pub mod upgrade;
 pub mod verify;
 pub mod versions;
 
+use crate::ops::names::{json_told, told};
 use crate::store::open::CREDENTIALS;
 use clap::{CommandFactory, Parser, Subcommand};
 use config::Config;
@@ -152,21 +153,27 @@ pub fn absolute(path: &Path) -> Result<PathBuf, Failure> {
         .map_err(|e| Failure::from_error(ExitCode::Usage, format!("path '{}'", path.display()), &e))
 }
 
-/// Prints a result. A reader that has gone away (`| head`) is not an error.
-pub fn print(text: &str) {
-    let _ = writeln!(std::io::stdout(), "{text}");
+/// Prints a line of a result, which stays one line whatever it holds. A reader that has gone away (`| head`) is not an
+/// error.
+pub fn print(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{}", told(line));
 }
 
-/// Prints what is not a result.
+/// Prints a result of several lines. Who made it has seen to it that nobody else's words make a line of it.
+pub fn print_lines(text: &str) {
+    text.lines().for_each(print);
+}
+
+/// Prints what is not a result, as one line.
 pub fn print_error(text: &str) {
-    let _ = writeln!(std::io::stderr(), "embassyfs: {text}");
+    let _ = writeln!(std::io::stderr(), "embassyfs: {}", told(text));
 }
 
 /// Prints `value` as one JSON document.
 pub fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
     let text = serde_json::to_string_pretty(value)
         .map_err(|e| Failure::from_error(ExitCode::Failed, "cannot write the result as JSON", &e))?;
-    print(&text);
+    let _ = writeln!(std::io::stdout(), "{}", json_told(&text));
     Ok(())
 }
 
