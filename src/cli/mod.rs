@@ -2,6 +2,7 @@
 //! Invariant: results go to standard output, all else to standard error, and a failure is one line.
 
 pub mod config;
+mod copies;
 pub mod daemon;
 pub mod diff;
 pub mod divergence;
