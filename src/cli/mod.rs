@@ -50,21 +50,23 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 const EXAMPLES: &str = "\
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 not mounted; 4 daemon does not answer; 5 data is still only on this
+host; 6 in use; 7 store unreachable; 8 refused (key, damage, fenced); 9 done, and what was looked for is there
+(versions differ, damage). See embassyfs(1) and docs/operations.md.
+
 Examples:
-  embassyfs init   --store s3://embassy/land --keys /etc/embassyfs/land --name land
-  embassyfs mount  --store s3://embassy/land --key /etc/embassyfs/land/writer.key \\
-                   --state /var/lib/embassyfs/land -o allow_other /srv/land
+  embassyfs init --store s3://embassy/land --name land \\
+    --keys /etc/embassyfs/land
+  embassyfs mount --store s3://embassy/land \\
+    --key /etc/embassyfs/land/writer.key \\
+    --state /var/lib/embassyfs/land -o allow_other /srv/land
   embassyfs status /srv/land
-  embassyfs sync   /srv/land
+  embassyfs sync /srv/land
   embassyfs umount /srv/land
 
 In the embassy, from the store alone:
-  embassyfs mount  --read-only --store file:///data/land --key reader.key \\
-                   --state /var/lib/embassyfs/land /srv/land
-
-Exit codes: 0 done; 1 failed; 2 wrong usage; 3 not mounted; 4 daemon does not answer; 5 data is still only on this
-host; 6 in use; 7 store unreachable; 8 refused (key, damage, fenced); 9 done, and what was looked for is there
-(versions differ, damage). See embassyfs(1) and docs/operations.md.";
+  embassyfs mount --read-only --store file:///data/land --key reader.key \\
+    --state /var/lib/embassyfs/land /srv/land";
 
 /// A file system whose every write goes through, sealed, to an object store in the data embassy.
 #[derive(Parser)]
@@ -98,7 +100,6 @@ enum Command {
     /// What a daemon starts to go on with its mount.
     #[command(hide = true)]
     TakeOver,
-    #[command(hide = true)]
     Man(man::ManArgs),
     #[command(hide = true)]
     MountHelper(mount_helper::HelperArgs),
@@ -233,9 +234,5 @@ fn dispatch(args: Vec<OsString>) -> exit::Outcome {
 }
 
 #[cfg(test)]
-mod tests {
-    #[test]
-    fn the_command_line_is_consistent() {
-        super::command().debug_assert();
-    }
-}
+#[path = "help_tests.rs"]
+mod tests;
