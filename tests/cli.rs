@@ -12,6 +12,9 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::Duration;
 
+#[path = "cli/unmounting.rs"]
+mod unmounting;
+
 const PROGRAM: &str = env!("CARGO_BIN_EXE_embassyfs");
 
 /// A directory with a store, keys, a state directory and a mount point of its own; unmounts when dropped.
@@ -155,8 +158,19 @@ fn help_version_and_manual() {
     }
     assert!(place.run(&["mount", "--help"]).out().contains("protection=LEVEL"));
     assert!(place.run(&["init", "--help"]).out().contains("try passphrases"));
-    place.run(&["man", "--out", "."]).expect(0);
-    assert!(place.path("embassyfs-mount.1").exists() && place.path("embassyfs-recover-key.1").exists());
+    assert!(place.run(&["--help"]).out().lines().any(|line| line.trim_start().starts_with("man ")));
+    place.run(&["man", "--out", "new/man1"]).expect(0);
+    let page = |name: &str| std::fs::read_to_string(place.path("new/man1").join(name)).expect("written");
+    assert!(place.path("new/man1/embassyfs-recover-key.1").exists());
+    for name in ["embassyfs.1", "embassyfs-mount.1", "embassyfs-receipt-check.1", "embassyfs-promote.1"] {
+        let (_, examples) =
+            page(name).split_once(".SH EXAMPLES\n.nf\n").map(|(a, b)| (a.len(), b.to_string())).expect(name);
+        assert!(examples.trim_start().starts_with("embassyfs "), "{examples}");
+    }
+    assert!(page("embassyfs-promote.1").contains("key writer.key \\e\n    \\-\\-state"));
+    assert!(page("embassyfs-mount.1").contains(".SH MOUNT OPTIONS (\\-o)"));
+    std::fs::write(place.path("file"), "").expect("writable");
+    place.run(&["man", "--out", "file"]).fails(1, &["manual pages into file", "directory"]);
     place.run(&[]).expect(2);
     place.run(&["frobnicate"]).expect(2);
 }
@@ -175,6 +189,19 @@ fn wrong_usage_is_refused_by_name() {
     place.run(&["umount", "m"]).fails(3, &["m"]);
     let words = ["init", "--store", "file:///x", "--keys", "k", "--name"];
     place.run(&[&words[..], &["a,b"]].concat()).fails(2, &["'a,b'"]);
+    place.run(&[&words[..], &["a\x1b[1m"]].concat()).fails(2, &["--name"]);
+    // What other hosts will read is refused here when it would speak to their terminals.
+    let store = ["--store", "file:///x", "--key", "k", "--state", "s"];
+    for (command, flag) in
+        [("promote", "--reason"), ("promote", "--host"), ("accept", "--name"), ("accept", "--host")]
+    {
+        for words in ["fire\x1b[31m", "a\nb", "\u{9b}2J"] {
+            let answer = place.run(&[&[command], &store[..], &[flag, words]].concat());
+            answer.fails(2, &[flag, "control characters"]);
+            assert!(!answer.err().contains(['\x1b', '\u{9b}']));
+        }
+    }
+    place.run(&["handover", "m", "--to", "a\nb"]).fails(2, &["--to", "control characters"]);
 }
 
 #[test]
@@ -220,6 +247,10 @@ fn init_makes_keys_for_their_owner_only_and_never_twice() {
     }
     let again = place.run(&["init", "--store", &place.store(), "--keys", "keys2"]);
     again.fails(8, &["store"]);
+    // A path that is a mistake is no reason to close a file to others.
+    let passwd = place.run(&["versions", "--store", &place.store(), "--key", "/etc/passwd"]);
+    passwd.fails(8, &["/etc/passwd", "no key file"]);
+    assert!(!passwd.err().contains("chmod"), "{}", passwd.err());
     std::fs::write(place.path("short"), "secret\n").expect("writable");
     let words = ["init", "--store", "file:///x", "--keys", "k", "--passphrase-file", "short"];
     place.run(&words).fails(2, &["shorter than"]);

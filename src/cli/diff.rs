@@ -32,9 +32,12 @@ Exit codes:
   2  wrong usage    7  the store is unreachable    8  refused (key, damage, no such version)
 
 Examples:
-  embassyfs diff --store s3://embassy/land --key reader.key 2026-11-20T03:00:00Z newest
-  embassyfs diff --store s3://embassy/land --key reader.key 1041 1042 deeds/2026
-  embassyfs diff --store s3://embassy/land --key reader.key 1041 newest --json | jq '.changes[].path'")]
+  embassyfs diff --store s3://embassy/land --key reader.key \\
+    2026-11-20T03:00:00Z newest
+  embassyfs diff --store s3://embassy/land --key reader.key \\
+    1041 1042 deeds/2026
+  embassyfs diff --store s3://embassy/land --key reader.key \\
+    1041 newest --json | jq '.changes[].path'")]
 pub struct DiffArgs {
     #[command(flatten)]
     read: ReadArgs,

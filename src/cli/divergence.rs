@@ -38,10 +38,11 @@ const SHOWN: usize = 20;
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
-  embassyfs divergence list   --state /var/lib/embassyfs/land
-  embassyfs divergence show   --state /var/lib/embassyfs/land --store s3://embassy/land --key reader.key
-  embassyfs divergence export --state /var/lib/embassyfs/land --store s3://embassy/land --key reader.key \\
-                              /srv/lost-writes")]
+  embassyfs divergence list --state /var/lib/embassyfs/land
+  embassyfs divergence show --state /var/lib/embassyfs/land \\
+    --store s3://embassy/land --key reader.key
+  embassyfs divergence export --state /var/lib/embassyfs/land \\
+    --store s3://embassy/land --key reader.key /srv/lost-writes")]
 pub struct DivergenceArgs {
     #[command(subcommand)]
     what: What,

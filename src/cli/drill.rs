@@ -6,13 +6,14 @@ use super::options::parse_duration;
 use super::progress::Counting;
 use super::reading::{ReadArgs, Reading};
 use super::receipt::read_signed;
-use super::{print, print_error, print_json, seam, signals};
+use super::{print, print_error, print_json, print_lines, seam, signals};
 use crate::clock::{Clock, Env};
 use crate::crypto::keyfile::{DrillKeyFile, Role};
 use crate::crypto::sign::PublicKey;
 use crate::fuse::{control_dir, past};
 use crate::ops::drill::{Against, FORMAT, ReadTotals, Report, Rpo, ms_between};
 use crate::ops::manifest::{self, Bad, Lines};
+use crate::ops::newfile::NewFile;
 use crate::ops::receipt::{Manifest, Untrue};
 use crate::ops::signed::{Kind, open, seal};
 use crate::ops::walk::Walk;
@@ -52,8 +53,9 @@ Exit codes:
 
 Examples:
   embassyfs drill key /etc/embassyfs/drill.key
-  embassyfs drill --store s3://embassy/land --key reader.key --manifest land.manifest \\
-                  --sign-key /etc/embassyfs/drill.key --report land-2026-11-24.json
+  embassyfs drill --store s3://embassy/land --key reader.key \\
+    --manifest land.manifest --sign-key /etc/embassyfs/drill.key \\
+    --report land-2026-11-24.json
   embassyfs drill check land-2026-11-24.json --public-key 5d41..."
 )]
 pub struct DrillArgs {
@@ -162,7 +164,7 @@ fn check(args: &CheckArgs) -> Outcome {
 fn show(report: &Report, json: bool) -> Outcome {
     match json {
         true => print_json(report)?,
-        false => print(&report.text()),
+        false => print_lines(&report.text()),
     }
     Ok(if report.passed { ExitCode::Ok } else { ExitCode::Found })
 }
@@ -200,7 +202,8 @@ fn drill(
             return Err(Failure::new(
                 ExitCode::Failed,
                 format!("{} is there already, and a report is never written over", path.display()),
-            ));
+            )
+            .hint("move it away, or choose another name"));
         }
     }
     let stop = Arc::new(AtomicBool::new(false));
@@ -220,8 +223,10 @@ fn drill(
         .map_err(|e| Failure::from_error(ExitCode::Failed, "the report", &e))?;
     let page_text = report.page(&crate::crypto::hash(text.as_bytes()).to_string());
     for (path, text) in [(report_to, &text), (&page, &page_text)] {
-        let wrote = std::fs::File::create_new(path)
-            .and_then(|mut file| file.write_all(text.as_bytes()).and_then(|()| file.sync_all()));
+        let wrote = NewFile::begin(path).and_then(|mut file| {
+            file.write_all(text.as_bytes())?;
+            file.finish()
+        });
         wrote.map_err(|e| failed(&format!("writing {}", path.display()), &e))?;
     }
     show(&report, json)

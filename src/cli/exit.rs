@@ -1,6 +1,7 @@
 //! Exit codes and the one-line error that goes with them. `docs/operations.md` lists both.
 //! Invariant: a number, once documented, never changes its meaning.
 
+use crate::ops::names::told;
 use std::error::Error;
 use std::fmt;
 
@@ -92,7 +93,7 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let one_line = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let one_line = |text: &str| told(&text.split_whitespace().collect::<Vec<_>>().join(" "));
         write!(f, "{}", one_line(&self.message))?;
         match &self.hint {
             Some(hint) => write!(f, "; {}", one_line(hint)),
@@ -115,6 +116,13 @@ mod tests {
         let cause = std::io::Error::other("disk\nfull");
         let failure = Failure::from_error(ExitCode::Failed, "cannot open x", &cause).hint("make room");
         assert_eq!(failure.to_string(), "cannot open x: disk full; make room");
+    }
+
+    #[test]
+    fn what_others_wrote_does_not_speak_to_the_terminal() {
+        let failure =
+            Failure::new(ExitCode::Refused, "taken over by h\x1b[1mX\nY (a\u{9b}b)").hint("see \x07x");
+        assert_eq!(failure.to_string(), "taken over by h\\x1b[1mX Y (a\\xc2\\x9bb); see \\x07x");
     }
 
     #[test]

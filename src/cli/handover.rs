@@ -4,16 +4,13 @@
 
 use super::exit::{ExitCode, Failure, Outcome};
 use super::mounted;
-use super::options::parse_duration;
+use super::options::{HOST_NAME_MAX, check_words, parse_duration};
 use super::progress::Shipping;
 use super::umount;
 use super::{print, print_json};
 use crate::ops::control::Request;
 use std::path::PathBuf;
 use std::time::Duration;
-
-/// Longest name of a host that is handed over to, in bytes.
-const NAME_MAX: usize = 255;
 
 /// Give a volume to another host: ship everything, unmount, and say in the log to whom.
 ///
@@ -24,12 +21,15 @@ const NAME_MAX: usize = 255;
 #[command(after_help = "\
 Exit codes:
   0  handed over                          1  not handed over; the message says whether it is still mounted
-  6  in use, still mounted, not handed over
+  6  in use, here or in another mount namespace, and not handed over; the message says whether it is still mounted
 
 Examples:
-  home$     embassyfs handover /srv/land --to embassy
-  embassy$  embassyfs accept --store s3://embassy/land --key writer.key --state /var/lib/embassyfs/land --name embassy
-  embassy$  embassyfs mount  --store s3://embassy/land --key writer.key --state /var/lib/embassyfs/land /srv/land")]
+  embassyfs handover /srv/land --to embassy
+In the embassy then:
+  embassyfs accept --store s3://embassy/land --key writer.key \\
+    --state /var/lib/embassyfs/land --name embassy
+  embassyfs mount --store s3://embassy/land --key writer.key \\
+    --state /var/lib/embassyfs/land /srv/land")]
 pub struct HandoverArgs {
     /// Where the volume is mounted.
     mountpoint: PathBuf,
@@ -46,9 +46,7 @@ pub struct HandoverArgs {
 
 /// Runs the command.
 pub fn run(args: HandoverArgs) -> Outcome {
-    if args.to.is_empty() || args.to.len() > NAME_MAX || args.to.contains(char::is_control) {
-        return Err(Failure::usage("--to: a name of 1 to 255 bytes without control characters is needed"));
-    }
+    check_words("--to", &args.to, HOST_NAME_MAX)?;
     let mount = mounted::find(&args.mountpoint)?;
     let path = mount.path.display();
     let mut daemon = mount.connect().map_err(|e| mount.unreachable(&e))?;
@@ -68,7 +66,12 @@ pub fn run(args: HandoverArgs) -> Outcome {
         Err(failure) => {
             // If this is not heard, the daemon forgets it by itself after a while.
             let _ = daemon.ask(Request::HandOver { to: None, timeout_ms: 0 }, &mut |_| {});
-            return Err(failure);
+            return Err(match failure.code {
+                ExitCode::Busy => {
+                    Failure { message: format!("not handed over: {}", failure.message), ..failure }
+                }
+                _ => failure,
+            });
         }
     };
     if args.json {

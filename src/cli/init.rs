@@ -25,8 +25,10 @@ Without writer.key and reader.key nobody can read the volume, unless it has a pa
 Without writer.key nobody can write to it. Keep copies apart from the host.
 
 Examples:
-  embassyfs init --store file:///data/land --keys /etc/embassyfs/land --name land
-  embassyfs init --store s3://embassy/land --store-option aws_region=eu-north-1 --keys ./keys
+  embassyfs init --store file:///data/land --name land \\
+    --keys /etc/embassyfs/land
+  embassyfs init --store s3://embassy/land --keys ./keys \\
+    --store-option aws_region=eu-north-1
   embassyfs init --config /etc/embassyfs/land.toml --json")]
 pub struct InitArgs {
     #[command(flatten)]

@@ -2,6 +2,7 @@
 //! Invariant: one event is one line, whatever the message holds, and a log file never exceeds its bound twice over.
 
 use crate::clock::{Clock, Env};
+use crate::ops::names::told;
 use crate::ops::status::rfc3339;
 use ::log::{Level, LevelFilter, Log, Metadata, Record};
 use std::fs::{File, OpenOptions};
@@ -85,7 +86,7 @@ impl Log for Logger {
         if !self.enabled(record.metadata()) {
             return;
         }
-        let message = one_line(&record.args().to_string());
+        let message = told(&record.args().to_string());
         let mut sink = self.sink.lock().unwrap_or_else(PoisonError::into_inner);
         // There is nowhere to report a failed log write to.
         let _ = match &mut *sink {
@@ -120,14 +121,6 @@ fn priority(level: Level) -> u8 {
 }
 
 /// File names come from users; they must not be able to forge a line or to steer a terminal.
-fn one_line(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        if c.is_control() { out.extend(c.escape_default()) } else { out.push(c) }
-    }
-    out
-}
-
 struct LogFile {
     path: PathBuf,
     file: File,
@@ -178,7 +171,7 @@ mod tests {
 
     #[test]
     fn a_message_stays_one_line() {
-        assert_eq!(one_line("a\n<0>b\x1b[2J\u{e9}"), "a\\n<0>b\\u{1b}[2J\u{e9}");
+        assert_eq!(told("a\n<0>b\x1b[2J\u{e9}"), "a\\x0a<0>b\\x1b[2J\u{e9}");
     }
 
     #[test]

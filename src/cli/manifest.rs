@@ -88,6 +88,9 @@ pub fn run(args: ManifestArgs) -> Outcome {
     let failed =
         |e: io::Error| Failure::from_error(ExitCode::Failed, format!("writing {}", args.out.display()), &e);
     let mut writer = Writer::begin(&args.out, source).map_err(failed)?;
+    if let Some(no) = args.at {
+        is_commit(&top, no, newest)?;
+    }
     let made = lines(&top, &mut writer).and_then(|()| {
         let commit = match args.live {
             true => unchanged(&mount, &before, args.timeout)?,
@@ -98,7 +101,7 @@ pub fn run(args: ManifestArgs) -> Outcome {
         writer.finish(&signed).map_err(failed)?;
         Ok((commit, holds))
     });
-    let (commit, holds) = made.inspect_err(|_| drop(std::fs::remove_file(&args.out)))?;
+    let (commit, holds) = made?;
     if args.json {
         print_json(&json!({"commit": commit, "manifest": holds, "file": args.out}))?;
     } else {
@@ -154,6 +157,21 @@ fn durable(mount: &mounted::Mounted, timeout: Duration) -> Result<u64, Failure> 
             .hint("a manifest is home's statement: make it there")
     };
     newest.map(|point| point.no).ok_or_else(none)
+}
+
+/// Fails unless the version can be read.
+fn is_commit(top: &Path, no: u64, newest: u64) -> Result<(), Failure> {
+    let there = match no > newest {
+        true => Err(io::ErrorKind::NotFound.into()),
+        false => std::fs::symlink_metadata(top).map(drop),
+    };
+    there.map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound => {
+            Failure::new(ExitCode::Failed, format!("there is no commit {no} in the store"))
+                .hint(format!("the newest that is durable is {newest}; 'embassyfs versions' lists them"))
+        }
+        _ => Failure::from_error(ExitCode::Failed, format!("commit {no} cannot be opened"), &e),
+    })
 }
 
 fn lines(top: &Path, writer: &mut Writer) -> Result<(), Failure> {

@@ -2,6 +2,7 @@
 //! Invariant: results go to standard output, all else to standard error, and a failure is one line.
 
 pub mod config;
+mod copies;
 pub mod daemon;
 pub mod diff;
 pub mod divergence;
@@ -38,6 +39,7 @@ pub mod upgrade;
 pub mod verify;
 pub mod versions;
 
+use crate::ops::names::{json_told, told};
 use crate::store::open::CREDENTIALS;
 use clap::{CommandFactory, Parser, Subcommand};
 use config::Config;
@@ -48,21 +50,23 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 const EXAMPLES: &str = "\
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 not mounted; 4 daemon does not answer; 5 data is still only on this
+host; 6 in use; 7 store unreachable; 8 refused (key, damage, fenced); 9 done, and what was looked for is there
+(versions differ, damage). See embassyfs(1) and docs/operations.md.
+
 Examples:
-  embassyfs init   --store s3://embassy/land --keys /etc/embassyfs/land --name land
-  embassyfs mount  --store s3://embassy/land --key /etc/embassyfs/land/writer.key \\
-                   --state /var/lib/embassyfs/land -o allow_other /srv/land
+  embassyfs init --store s3://embassy/land --name land \\
+    --keys /etc/embassyfs/land
+  embassyfs mount --store s3://embassy/land \\
+    --key /etc/embassyfs/land/writer.key \\
+    --state /var/lib/embassyfs/land -o allow_other /srv/land
   embassyfs status /srv/land
-  embassyfs sync   /srv/land
+  embassyfs sync /srv/land
   embassyfs umount /srv/land
 
 In the embassy, from the store alone:
-  embassyfs mount  --read-only --store file:///data/land --key reader.key \\
-                   --state /var/lib/embassyfs/land /srv/land
-
-Exit codes: 0 done; 1 failed; 2 wrong usage; 3 not mounted; 4 daemon does not answer; 5 data is still only on this
-host; 6 in use; 7 store unreachable; 8 refused (key, damage, fenced); 9 done, and what was looked for is there
-(versions differ, damage). See embassyfs(1) and docs/operations.md.";
+  embassyfs mount --read-only --store file:///data/land --key reader.key \\
+    --state /var/lib/embassyfs/land /srv/land";
 
 /// A file system whose every write goes through, sealed, to an object store in the data embassy.
 #[derive(Parser)]
@@ -96,7 +100,6 @@ enum Command {
     /// What a daemon starts to go on with its mount.
     #[command(hide = true)]
     TakeOver,
-    #[command(hide = true)]
     Man(man::ManArgs),
     #[command(hide = true)]
     MountHelper(mount_helper::HelperArgs),
@@ -152,21 +155,27 @@ pub fn absolute(path: &Path) -> Result<PathBuf, Failure> {
         .map_err(|e| Failure::from_error(ExitCode::Usage, format!("path '{}'", path.display()), &e))
 }
 
-/// Prints a result. A reader that has gone away (`| head`) is not an error.
-pub fn print(text: &str) {
-    let _ = writeln!(std::io::stdout(), "{text}");
+/// Prints a line of a result, which stays one line whatever it holds. A reader that has gone away (`| head`) is not an
+/// error.
+pub fn print(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{}", told(line));
 }
 
-/// Prints what is not a result.
+/// Prints a result of several lines. Who made it has seen to it that nobody else's words make a line of it.
+pub fn print_lines(text: &str) {
+    text.lines().for_each(print);
+}
+
+/// Prints what is not a result, as one line.
 pub fn print_error(text: &str) {
-    let _ = writeln!(std::io::stderr(), "embassyfs: {text}");
+    let _ = writeln!(std::io::stderr(), "embassyfs: {}", told(text));
 }
 
 /// Prints `value` as one JSON document.
 pub fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
     let text = serde_json::to_string_pretty(value)
         .map_err(|e| Failure::from_error(ExitCode::Failed, "cannot write the result as JSON", &e))?;
-    print(&text);
+    let _ = writeln!(std::io::stdout(), "{}", json_told(&text));
     Ok(())
 }
 
@@ -225,9 +234,5 @@ fn dispatch(args: Vec<OsString>) -> exit::Outcome {
 }
 
 #[cfg(test)]
-mod tests {
-    #[test]
-    fn the_command_line_is_consistent() {
-        super::command().debug_assert();
-    }
-}
+#[path = "help_tests.rs"]
+mod tests;

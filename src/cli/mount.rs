@@ -31,13 +31,14 @@ const USABLE_WAIT: Duration = Duration::from_secs(600);
 Mount options (-o):
 {}
 Examples:
-  embassyfs mount --store s3://embassy/land --key writer.key --state /var/lib/embassyfs/land \\
-                  -o allow_other,protection=strict /srv/land
-  embassyfs mount --read-only --follow --store s3://embassy/land --key reader.key \
-                  --state /var/lib/embassyfs/land /srv/land
+  embassyfs mount --store s3://embassy/land --key writer.key \\
+    --state /var/lib/embassyfs/land -o allow_other,protection=strict /srv/land
+  embassyfs mount --read-only --follow --store s3://embassy/land \\
+    --key reader.key --state /var/lib/embassyfs/land /srv/land
   embassyfs mount --config /etc/embassyfs/land.toml
-  embassyfs mount --read-only --at 2025-01-31T12:00:00Z --store s3://embassy/land --key reader.key \\
-                  --state /var/lib/embassyfs/land /srv/land-january
+  embassyfs mount --read-only --at 2025-01-31T12:00:00Z \\
+    --store s3://embassy/land --key reader.key \\
+    --state /var/lib/embassyfs/land-january /srv/land-january
 
 In /etc/fstab:
   /etc/embassyfs/land.toml  /srv/land  embassyfs  allow_other,_netdev  0  0", super::man::option_list()))]

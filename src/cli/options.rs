@@ -3,6 +3,7 @@
 //! mount(8) and systemd.
 
 use super::exit::Failure;
+use crate::ops::names::told;
 use crate::ops::status::rfc3339;
 use crate::replica::durable::Protection;
 use crate::types::{CommitNo, Timestamp};
@@ -285,6 +286,27 @@ pub fn parse_at(text: &str) -> Result<At, String> {
     })
 }
 
+/// Longest name of a host, in bytes.
+pub const HOST_NAME_MAX: usize = 255;
+/// Longest reason, in bytes: what a mark in the log holds.
+pub const REASON_MAX: usize = 1024;
+
+/// Refuses words for others that would not stay one line on their terminals.
+pub fn check_words(flag: &str, words: &str, bytes_max: usize) -> Result<(), Failure> {
+    let why = match words {
+        "" => "must not be empty".into(),
+        _ if words.len() > bytes_max => {
+            format!("has {} bytes, and at most {bytes_max} are taken", words.len())
+        }
+        _ if told(words) != words => {
+            "holds control characters, line ends or marks of direction; others see it on their terminals"
+                .into()
+        }
+        _ => return Ok(()),
+    };
+    Err(Failure::usage(format!("{flag} '{words}' {why}")).hint("give plain words in one line"))
+}
+
 /// A store option, `name=value`.
 pub fn parse_pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
@@ -325,6 +347,16 @@ mod tests {
         }
         for text in ["", "-1s", "x", "1e99", "99999999999999", "nan", "10y"] {
             assert!(parse_duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn words_for_others_are_one_plain_line() {
+        assert!(check_words("--reason", "der Brand im Ministerium, \u{dc}bung", REASON_MAX).is_ok());
+        let long = "x".repeat(REASON_MAX + 1);
+        for words in ["", "a\nb", "a\x1b[31m", "a\u{9b}m", "a\u{2028}b", "a\u{202e}b", &long] {
+            let failure = check_words("--reason", words, REASON_MAX).expect_err(words);
+            assert!(failure.to_string().starts_with("--reason") && !failure.to_string().contains('\x1b'));
         }
     }
 

@@ -2,7 +2,7 @@
 //! Invariant: nothing is mounted; what is done can be done again after a crash at any point.
 
 use super::exit::{ExitCode, Outcome};
-use super::options::parse_duration;
+use super::options::{HOST_NAME_MAX, REASON_MAX, check_words, parse_duration};
 use super::{StoreArgs, absolute, print, print_json, required, seam};
 use crate::ops::status::rfc3339;
 use crate::replica::promote::{Came, Report};
@@ -46,9 +46,10 @@ pub struct TakeArgs {
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
-  embassyfs promote --store s3://embassy/land --key writer.key --state /var/lib/embassyfs/land \\
-                    --reason 'the ministry is under water'
-  embassyfs mount   --store s3://embassy/land --key writer.key --state /var/lib/embassyfs/land /srv/land")]
+  embassyfs promote --store s3://embassy/land --key writer.key \\
+    --state /var/lib/embassyfs/land --reason 'the ministry is under water'
+  embassyfs mount --store s3://embassy/land --key writer.key \\
+    --state /var/lib/embassyfs/land /srv/land")]
 pub struct PromoteArgs {
     #[command(flatten)]
     take: TakeArgs,
@@ -63,7 +64,8 @@ pub struct PromoteArgs {
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
-  embassyfs accept --store s3://embassy/land --key writer.key --state /var/lib/embassyfs/land --name tallinn")]
+  embassyfs accept --store s3://embassy/land --key writer.key \\
+    --state /var/lib/embassyfs/land --name tallinn")]
 pub struct AcceptArgs {
     #[command(flatten)]
     take: TakeArgs,
@@ -84,12 +86,17 @@ pub fn accept(args: AcceptArgs) -> Outcome {
 }
 
 fn run(args: TakeArgs, reason: String, accept: Option<String>) -> Outcome {
+    let host = args.host.unwrap_or_else(seam::host_name);
+    check_words("--host", &host, HOST_NAME_MAX)?;
+    match &accept {
+        Some(name) => check_words("--name", name, HOST_NAME_MAX)?,
+        None => check_words("--reason", &reason, REASON_MAX)?,
+    }
     let config = args.store.load_config()?;
     let (store_url, store_options) = args.store.resolve(&config)?;
     let key = required(args.key.or(config.key), "--key FILE", "key")?;
     let state = required(args.state.or(config.state), "--state DIR", "state")?;
     let request = seam::StoreRequest { store_url, store_options, key: absolute(&key)? };
-    let host = args.host.unwrap_or_else(seam::host_name);
     let trust = Trust { expect: args.expect, max_age: args.max_age };
     let report = seam::promote(&request, absolute(&state)?, host, reason, accept, trust)?;
     match args.json {

@@ -10,6 +10,7 @@ use crate::crypto::keyfile::{KeyFile, Role};
 use crate::crypto::sign::PublicKey;
 use crate::ops::control::{ControlError, Request};
 use crate::ops::names::plain_path;
+use crate::ops::newfile::NewFile;
 use crate::ops::receipt::{Asked, Receipt, Untrue, believe};
 use crate::ops::signed::Kind;
 use crate::ops::status::{bytes, rfc3339};
@@ -77,8 +78,10 @@ Exit codes:
   2  wrong usage   7  the store could not be asked, so nothing is known   8  the key is refused
 
 Examples:
-  embassyfs receipt check 17.receipt --public-key auditor.key --content /archive/17.pdf
-  embassyfs receipt check 17.receipt --public-key 9c2f... --store s3://embassy/land --key auditor.key")]
+  embassyfs receipt check 17.receipt --public-key auditor.key \\
+    --content /archive/17.pdf
+  embassyfs receipt check 17.receipt --public-key 9c2f... \\
+    --store s3://embassy/land --key auditor.key")]
 pub struct CheckArgs {
     /// The writer's public key: a key file of the volume (auditor.key is enough), or 64 hexadecimal digits.
     #[arg(long, value_name = "KEYFILE|HEX")]
@@ -113,8 +116,17 @@ fn issue(mountpoint: &Path, path: &Path, timeout: Duration, out: Option<&Path>) 
     let mount = mounted::find(mountpoint)?;
     let inside = path.strip_prefix(&mount.path).or_else(|_| path.strip_prefix(mountpoint)).unwrap_or(path);
     let path = plain_path(inside.as_os_str().as_bytes()).map_err(Failure::usage)?;
+    // Before the wait, so that a name that is taken is told at once.
+    let failed =
+        |out: &Path, e| Failure::from_error(ExitCode::Failed, format!("writing {}", out.display()), &e);
+    let file = out.map(|out| NewFile::begin(out).map_err(|e| failed(out, e))).transpose()?;
     let text = signed(&mount, Asked::File { path }, timeout)?;
-    write_out(out, &text)
+    let wrote = match file {
+        Some(mut file) => file.write_all(text.as_bytes()).and_then(|()| file.finish()),
+        None => std::io::stdout().write_all(text.as_bytes()),
+    };
+    wrote.map_err(|e| failed(out.unwrap_or(Path::new("standard output")), e))?;
+    Ok(ExitCode::Ok)
 }
 
 /// Has the daemon of a mount sign something, after everything written before is in the store.
@@ -130,20 +142,6 @@ pub(super) fn signed(mount: &mounted::Mounted, asked: Asked, timeout: Duration) 
         mount.failure("nothing is signed: not everything is durable in the store for", code, &e)
     })?;
     daemon.signed(asked, timeout).map_err(|e| mount.failure("nothing is signed for", ExitCode::Failed, &e))
-}
-
-/// Prints `text`, or writes it into a new file.
-pub(super) fn write_out(out: Option<&Path>, text: &str) -> Outcome {
-    let Some(path) = out else {
-        return match std::io::stdout().write_all(text.as_bytes()) {
-            Ok(()) => Ok(ExitCode::Ok),
-            Err(e) => Err(Failure::from_error(ExitCode::Failed, "standard output", &e)),
-        };
-    };
-    let wrote = std::fs::File::create_new(path)
-        .and_then(|mut file| file.write_all(text.as_bytes()).and_then(|()| file.sync_all()));
-    wrote.map_err(|e| Failure::from_error(ExitCode::Failed, format!("writing {}", path.display()), &e))?;
-    Ok(ExitCode::Ok)
 }
 
 /// A signed document from a file.

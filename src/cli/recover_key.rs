@@ -22,8 +22,10 @@ Exit codes:
   8  the passphrase is another one, the volume has none, volume.json is damaged, or OUT exists already
 
 Examples:
-  embassyfs recover-key --store s3://embassy/land --passphrase-file words.txt reader.key
-  embassyfs recover-key --store file:///data/land --passphrase-file - reader.key < words.txt
+  embassyfs recover-key --store s3://embassy/land \\
+    --passphrase-file words.txt reader.key
+  embassyfs recover-key --store file:///data/land \\
+    --passphrase-file - reader.key < words.txt
   embassyfs versions --store file:///data/land --key reader.key")]
 pub struct RecoverKeyArgs {
     #[command(flatten)]

@@ -44,8 +44,10 @@ Exit codes:
   2  wrong usage    7  the store is unreachable; run again to go on    8  refused (key, damage, no such version)
 
 Examples:
-  embassyfs restore --store s3://embassy/land --key reader.key --at 2026-11-20T03:00:00Z deeds/2026 /srv/back
-  embassyfs restore --store s3://embassy/land --key reader.key --at 1041 --state /var/tmp/r . /srv/back")]
+  embassyfs restore --store s3://embassy/land --key reader.key \\
+    --at 2026-11-20T03:00:00Z deeds/2026 /srv/back
+  embassyfs restore --store s3://embassy/land --key reader.key --at 1041 \\
+    --state /var/tmp/r . /srv/back")]
 pub struct RestoreArgs {
     #[command(flatten)]
     read: ReadArgs,

@@ -2,7 +2,7 @@
 
 use super::exit::{ExitCode, Failure, Outcome};
 use super::mounted;
-use super::{StoreArgs, absolute, print, print_error, print_json, required, seam};
+use super::{StoreArgs, absolute, print_error, print_json, print_lines, required, seam};
 use crate::ops::metrics;
 use crate::ops::status::Status;
 use std::path::PathBuf;
@@ -11,10 +11,10 @@ use std::path::PathBuf;
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
-  embassyfs status                      all mounts of this host
+  embassyfs status   # all mounts of this host
   embassyfs status /srv/land
   embassyfs status --json /srv/land
-  embassyfs status --metrics > embassyfs.prom.new && mv embassyfs.prom.new embassyfs.prom
+  embassyfs status --metrics > land.prom.new && mv land.prom.new land.prom
   embassyfs status --store s3://embassy/land --key reader.key")]
 pub struct StatusArgs {
     /// Where the volume is mounted; without it and without a store, all mounts are shown.
@@ -51,10 +51,10 @@ pub fn run(args: StatusArgs) -> Outcome {
 /// `list`: JSON as a list, however many there are.
 fn show(all: &[Status], args: &StatusArgs, list: bool) -> Result<(), Failure> {
     match all {
-        _ if args.metrics => print(metrics::text(all).trim_end()),
+        _ if args.metrics => print_lines(&metrics::text(all)),
         [one] if args.json && !list => print_json(one)?,
         _ if args.json => print_json(&all)?,
-        _ => all.iter().for_each(|status| print(&status.to_string())),
+        _ => all.iter().for_each(|status| print_lines(&status.to_string())),
     }
     Ok(())
 }
@@ -88,7 +88,7 @@ fn of_store(args: &StatusArgs) -> Outcome {
     if args.json {
         print_json(&status)?;
     } else {
-        print(&status.to_string());
+        print_lines(&status.to_string());
     }
     Ok(ExitCode::Ok)
 }

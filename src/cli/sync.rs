@@ -13,7 +13,7 @@ use std::time::Duration;
 #[command(after_help = "\
 Examples:
   embassyfs sync /srv/land
-  embassyfs sync --timeout 10m /srv/land || echo 'not all of it is abroad yet'")]
+  embassyfs sync --timeout 10m /srv/land || echo 'not all is abroad yet'")]
 pub struct SyncArgs {
     /// Give up after this time (exit code 5); shipping goes on in the background.
     #[arg(long, value_name = "TIME", default_value = "1h", value_parser = parse_duration)]

@@ -2,6 +2,7 @@
 //! Invariant: it never reports "all shipped" but on the daemon's word, it promises nothing about what is not committed,
 //! and it ends in bounded time whatever state the daemon is in.
 
+use super::copies::{self, Copies};
 use super::exit::{ExitCode, Failure, Outcome};
 use super::mounted::{self, Mounted};
 use super::options::parse_duration;
@@ -18,6 +19,8 @@ use std::time::Duration;
 /// How long the system call may take, and how long the daemon may take to close the volume after it.
 const KERNEL_WAIT: Duration = Duration::from_secs(30);
 const CLOSE_WAIT: Duration = Duration::from_secs(60);
+/// How long the wait for a daemon that closes the volume needs no words: it ships its last checkpoint.
+const QUIET_WAIT: Duration = Duration::from_secs(12);
 /// How long to look whether a daemon that may go on has ended.
 const LAZY_WAIT: Duration = Duration::from_secs(2);
 /// How long a daemon whose connection was broken may take.
@@ -35,14 +38,14 @@ Exit codes:
   0  all is in the store (with --lazy: it was when the daemon was last asked)
   1  unmounted, and changes that were never committed are lost
   5  unmounted, but data is still only in the state directory, or it cannot be told because the daemon had died
-  6  in use, still mounted
+  6  in use: still mounted, or unmounted here and still mounted in another mount namespace, which is named
   8  unmounted; another writer owns the volume, and what is unsent stays in the state directory
 
 Examples:
   embassyfs umount /srv/land
-  embassyfs umount --timeout 5m /srv/land      wait longer for a slow link
-  embassyfs umount --lazy /srv/land            though somebody still uses it
-  embassyfs umount --force /srv/land           though the daemon does not answer")]
+  embassyfs umount --timeout 5m /srv/land   # wait longer for a slow link
+  embassyfs umount --lazy /srv/land   # though somebody still uses it
+  embassyfs umount --force /srv/land   # though the daemon does not answer")]
 pub struct UmountArgs {
     /// How long to ship before unmounting.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
@@ -97,13 +100,20 @@ fn with_daemon(args: &UmountArgs, mount: &Mounted, mut daemon: Client) -> Outcom
     };
     // Opened while the daemon surely lives, so that the number means it and nobody else.
     let process = Pidfd::open(daemon.pid());
-    let forced = take_out(args.lazy, args.force, mount)?;
+    let mut forced = take_out(args.lazy, args.force, mount)?;
+    if !args.lazy && !forced {
+        match copies::of(mount.entry.device) {
+            Some(_) if args.force => forced = table::abort(mount.entry.device.1).is_ok(),
+            Some(copies) => return Err(still_held(mount, &copies, known.as_ref())),
+            None => {}
+        }
+    }
     let wait = match (args.lazy, forced) {
         (true, _) => LAZY_WAIT,
         (_, true) => FORCED_WAIT,
         _ => CLOSE_WAIT,
     };
-    let last = daemon.ask(Request::Farewell { timeout_ms: wait.as_millis() as u64 }, &mut |_| {});
+    let last = farewell(mount, &mut daemon, wait);
     let ended =
         process.and_then(|p| p.wait(if last.is_ok() { CLOSE_WAIT } else { LAZY_WAIT })).unwrap_or(false);
     if !ended && !args.lazy {
@@ -122,17 +132,54 @@ fn with_daemon(args: &UmountArgs, mount: &Mounted, mut daemon: Client) -> Outcom
 pub(super) fn leave(mount: &Mounted, daemon: &mut Client) -> Result<Status, Failure> {
     let process = Pidfd::open(daemon.pid());
     take_out(false, false, mount)?;
-    let last = daemon.ask(Request::Farewell { timeout_ms: CLOSE_WAIT.as_millis() as u64 }, &mut |_| {});
-    let ended = process.and_then(|p| p.wait(CLOSE_WAIT)).unwrap_or(false);
-    match last {
-        Ok(last) if ended => Ok(last),
-        Ok(_) => Err(not_ended(mount, daemon)),
-        Err(e) => Err(mount
-            .failure("unmounted, but how the daemon ended is not known:", ExitCode::NoDaemon, &e)
-            .hint(
-                "look at its log, and at the state directory: a file 'fenced' says that it was handed over",
-            )),
+    if let Some(copies) = copies::of(mount.entry.device) {
+        return Err(still_held(mount, &copies, None));
     }
+    let last = farewell(mount, daemon, CLOSE_WAIT).map_err(|e| {
+        mount
+            .failure("unmounted, but how the daemon ended is not known:", ExitCode::NoDaemon, &e)
+            .hint("look at its log, and at the state directory: a file 'fenced' says that it was handed over")
+    })?;
+    // What it said is so, whether its process is gone or not; a mount with its state directory would have to wait.
+    if !process.and_then(|p| p.wait(CLOSE_WAIT)).unwrap_or(false) {
+        print_error(&not_ended(mount, daemon).to_string());
+    }
+    Ok(last)
+}
+
+/// The daemon's last word. Who waits for it hears after a while what for.
+fn farewell(mount: &Mounted, daemon: &mut Client, wait: Duration) -> Result<Status, ControlError> {
+    let ask = |daemon: &mut Client, wait: Duration| {
+        daemon.ask(Request::Farewell { timeout_ms: wait.as_millis() as u64 }, &mut |_| {})
+    };
+    let rest = wait.saturating_sub(QUIET_WAIT);
+    match ask(daemon, wait.min(QUIET_WAIT)) {
+        Err(ControlError::Failed { .. }) if !rest.is_zero() => {
+            print_error(&format!(
+                "{} is unmounted; waiting up to {} s more for its daemon (process {}) to close the volume",
+                mount.path.display(),
+                rest.as_secs(),
+                daemon.pid()
+            ));
+            ask(daemon, rest)
+        }
+        answer => answer,
+    }
+}
+
+/// What is unmounted here and lives on elsewhere: its daemon does not end, however long one waits.
+fn still_held(mount: &Mounted, copies: &Copies, known: Option<&Status>) -> Failure {
+    let path = mount.path.display();
+    let waiting =
+        known.and_then(Status::waiting_in_words).map_or(String::new(), |words| format!(" ({words})"));
+    Failure::new(
+        ExitCode::Busy,
+        format!("{path} is unmounted here, but its daemon goes on, for the volume is still mounted {copies}{waiting}"),
+    )
+    .hint(format!(
+        "{}; then the daemon closes the volume by itself, and it can be mounted again",
+        copies.way_out()
+    ))
 }
 
 fn not_ended(mount: &Mounted, daemon: &Client) -> Failure {
@@ -149,6 +196,8 @@ fn take_out(lazy: bool, force: bool, mount: &Mounted) -> Result<bool, Failure> {
     let how = if lazy { Unmount::Lazy } else { Unmount::Normal };
     let error = match kernel::unmount_bounded(&mount.path, how, KERNEL_WAIT) {
         Ok(()) => return Ok(false),
+        // Not where it has left the tree and waits for a daemon that is stuck.
+        Err(e) if e.kind() != io::ErrorKind::TimedOut && is_gone(mount) => return Ok(false),
         Err(e) => e,
     };
     let path = mount.path.display();
@@ -181,9 +230,19 @@ fn break_connection(mount: &Mounted) -> Result<(), Failure> {
     // Through sysfs first: it frees processes that wait, whatever umount2 then has to say. MNT_FORCE does the same
     // where fusectl is not mounted.
     let _ = table::abort(mount.entry.device.1);
-    kernel::unmount_bounded(&mount.path, Unmount::Force, KERNEL_WAIT).map_err(|e| {
-        Failure::from_error(ExitCode::Failed, format!("cannot unmount {}", mount.path.display()), &e)
-    })
+    match kernel::unmount_bounded(&mount.path, Unmount::Force, KERNEL_WAIT) {
+        // A daemon that lives unmounts by itself when its connection breaks, and may have come before us.
+        Err(e) if !is_gone(mount) => {
+            Err(Failure::from_error(ExitCode::Failed, format!("cannot unmount {}", mount.path.display()), &e))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether the mount is in the table no more; another mount at its place, or below it, is another device.
+fn is_gone(mount: &Mounted) -> bool {
+    let there = table::mounts();
+    there.is_ok_and(|all| !all.iter().any(|m| m.device == mount.entry.device && m.mount_point == mount.path))
 }
 
 /// The mount of a daemon that has died or does not answer.

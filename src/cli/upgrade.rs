@@ -22,7 +22,7 @@ const ASK_EVERY: Duration = Duration::from_millis(20);
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
-  embassyfs upgrade /srv/land                            the daemon becomes what is installed now
+  embassyfs upgrade /srv/land   # the daemon becomes what is installed now
   embassyfs upgrade --program /opt/new/embassyfs /srv/land")]
 pub struct UpgradeArgs {
     /// The program that goes on; without it the one that this command is.

@@ -32,7 +32,8 @@ Exit codes:
   2  wrong usage    7  the store could not be read, so nothing is known    8  the key is refused
 
 Examples:
-  embassyfs verify --store s3://embassy/land --key auditor.key --state /var/lib/audit/land --max-age 1h
+  embassyfs verify --store s3://embassy/land --key auditor.key \\
+    --state /var/lib/audit/land --max-age 1h
   embassyfs verify --store s3://embassy/land --key auditor.key --full --json
   embassyfs verify --store s3://embassy/land --key reader.key --full")]
 pub struct VerifyArgs {

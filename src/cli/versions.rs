@@ -14,8 +14,10 @@ use std::time::Duration;
 #[command(after_help = "\
 Examples:
   embassyfs versions --store s3://embassy/land --key reader.key
-  embassyfs versions --store s3://embassy/land --key reader.key --since 2025-01-31T12:00:00Z --limit 0
-  embassyfs versions --store s3://embassy/land --key reader.key --limit 0 --json | jq .[0]")]
+  embassyfs versions --store s3://embassy/land --key reader.key \\
+    --since 2025-01-31T12:00:00Z --limit 0
+  embassyfs versions --store s3://embassy/land --key reader.key \\
+    --limit 0 --json | jq '.[0]'")]
 pub struct VersionsArgs {
     #[command(flatten)]
     store: StoreArgs,

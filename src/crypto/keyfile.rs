@@ -329,10 +329,6 @@ fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>> {
     if !meta.is_file() {
         return Err(damaged("is no regular file"));
     }
-    let mode = meta.permissions().mode() & 0o777;
-    if mode & 0o077 != 0 {
-        return Err(KeyFileError::TooOpen { path: path.to_owned(), mode });
-    }
     if meta.len() > FILE_LEN_MAX {
         return Err(damaged("is too large for a key file"));
     }
@@ -351,7 +347,22 @@ fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>> {
         return Err(damaged("changed while it was read"));
     }
     bytes.truncate(len);
-    Ok(bytes)
+    let mode = meta.permissions().mode() & 0o777;
+    if mode & 0o077 == 0 {
+        return Ok(bytes);
+    }
+    // The advice to close it is for key files only: the path may be a mistake, and name what all must be able to read.
+    match is_key_file(&bytes) {
+        true => Err(KeyFileError::TooOpen { path: path.to_owned(), mode }),
+        false => Err(damaged("this is no key file")),
+    }
+}
+
+/// Whether this was made as a key file; a damaged one is one too, and one that this program is too old for.
+fn is_key_file(bytes: &[u8]) -> bool {
+    ["\"embassyfs_key\"", "\"embassyfs_drill_key\""]
+        .iter()
+        .any(|mark| bytes.windows(mark.len()).any(|at| at == mark.as_bytes()))
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 
 use crate::clock::Clock;
 use crate::ops::control::Control;
+use crate::ops::names::json_told;
 use crate::ops::{metrics, protection};
 use crate::types::{Ino, Timestamp};
 use bytes::Bytes;
@@ -81,7 +82,7 @@ impl ControlDir {
         let status = control.clone();
         let figures = control.clone();
         let json = move || match serde_json::to_string_pretty(&status.status()) {
-            Ok(text) => text + "\n",
+            Ok(text) => json_told(&text) + "\n",
             Err(e) => format!("{{\"last_error\": \"cannot be written as JSON: {}\"}}\n", e.line()),
         };
         ControlDir::of(

@@ -3,12 +3,14 @@
 //! the caller itself; only the parent of a mount point is resolved.
 
 use std::ffi::OsString;
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
 
 /// What the mount table calls our file system.
 pub const FS_TYPE: &str = "fuse.embassyfs";
+/// A hundred thousand mounts, the most that the kernel allows in a namespace, with long names.
+const TABLE_LEN_MAX: u64 = 64 << 20;
 /// As many links in a row as the kernel follows.
 const LINKS_MAX: usize = 40;
 
@@ -44,6 +46,13 @@ impl MountEntry {
 /// The mounts this process sees, in the table's order. Lines that are not understood are left out.
 pub fn mounts() -> io::Result<Vec<MountEntry>> {
     Ok(parse(&std::fs::read("/proc/self/mountinfo")?))
+}
+
+/// The mounts that another process sees, as far as its table is no longer than any that is used.
+pub fn mounts_of(pid: u32) -> io::Result<Vec<MountEntry>> {
+    let mut text = Vec::new();
+    std::fs::File::open(format!("/proc/{pid}/mountinfo"))?.take(TABLE_LEN_MAX).read_to_end(&mut text)?;
+    Ok(parse(&text))
 }
 
 /// The topmost mount at exactly `path` (which must be [`normalise`]d), if there is one.

@@ -3,6 +3,7 @@
 //! for people says nothing that the signed report does not say.
 
 use super::manifest::{Bad, Difference, Lines, differs};
+use super::names::told;
 use super::status::{CommitPoint, bytes, rfc3339, seconds};
 use super::walk::{self, Entry, Unreadable, order};
 use crate::types::Timestamp;
@@ -205,15 +206,15 @@ impl Report {
         }
     }
 
-    /// In a few lines.
+    /// In a few lines. The report may be another host's: what it says stays within its line.
     pub fn text(&self) -> String {
         let rows = self.rows();
-        let mut out = format!("{}: {}", self.verdict(), self.name);
-        rows.iter().for_each(|(name, value)| out += &format!("\n  {name:<28} {value}"));
-        for difference in self.listed.iter().take(20) {
-            out += &format!("\n  {} {}  {}", difference.kind, difference.path, difference.detail);
+        let mut out = format!("{}: {}", self.verdict(), told(&self.name));
+        rows.iter().for_each(|(name, value)| out += &format!("\n  {name:<28} {}", told(value)));
+        for Difference { kind, path, detail } in self.listed.iter().take(20) {
+            out += &format!("\n  {}", told(&format!("{kind} {path}  {detail}")));
         }
-        self.findings.iter().for_each(|finding| out += &format!("\n  FOUND {finding}"));
+        self.findings.iter().for_each(|finding| out += &format!("\n  FOUND {}", told(finding)));
         out
     }
 

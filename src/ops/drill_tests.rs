@@ -81,3 +81,14 @@ fn a_drill_that_did_not_end_or_found_something_has_not_passed() {
     assert!(!report.passed && report.page("h").contains("&lt;b&gt;"));
     assert_eq!(ms_between(Timestamp { secs: 1, nanos: 0 }, Timestamp { secs: 0, nanos: 5_000_000 }), -995);
 }
+
+#[test]
+fn a_report_of_another_host_stays_within_its_lines() {
+    let bad = || String::from("x\x1b[2J\n  differences                  0 missing");
+    let mut report = Report { name: bad(), host: bad(), store: bad(), ..Report::default() };
+    report.findings.push(bad());
+    report.listed.push(Difference::new(&bad(), "missing", bad()));
+    let text = report.text();
+    assert!(!text.contains('\x1b'), "{text}");
+    assert_eq!(text.matches("\n  differences").count(), 1, "{text}");
+}

@@ -2,6 +2,7 @@
 //! Invariant: no line is given out before all of them were held against what was signed; memory does not follow the
 //! number of lines. Bytes: `docs/format.md`, "Manifest".
 
+use super::newfile::NewFile;
 use super::receipt::{Holds, Manifest, Untrue, believe};
 use super::signed::Kind;
 use super::walk::{Entry, order};
@@ -21,16 +22,16 @@ const LINE_MAX: u64 = 64 << 10;
 
 /// Writes the lines of a manifest.
 pub struct Writer {
-    out: BufWriter<File>,
+    out: BufWriter<NewFile>,
     hasher: Hasher,
     /// What was written so far.
     pub holds: Holds,
 }
 
 impl Writer {
-    /// Begins in a new file.
+    /// Begins a file that is there when it is finished.
     pub fn begin(path: &Path, source: &str) -> io::Result<Writer> {
-        let out = BufWriter::with_capacity(1 << 20, File::create_new(path)?);
+        let out = BufWriter::with_capacity(1 << 20, NewFile::begin(path)?);
         let holds = Holds { source: source.into(), ..Holds::default() };
         let mut writer = Writer { out, hasher: Hasher::default(), holds };
         writer.text(OPENING)?;
@@ -61,7 +62,7 @@ impl Writer {
     /// Adds the signed end; durable when this returns.
     pub fn finish(mut self, signed: &str) -> io::Result<()> {
         self.out.write_all(signed.as_bytes())?;
-        self.out.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()
+        self.out.into_inner().map_err(io::IntoInnerError::into_error)?.finish()
     }
 }
 

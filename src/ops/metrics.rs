@@ -1,6 +1,7 @@
 //! The figures of mounted volumes as text that Prometheus reads (text exposition format 0.0.4).
 //! Invariant: a name, its unit and its meaning never change; what is not known is left out, never shown as 0.
 
+use super::names::told;
 use super::status::Status;
 use std::fmt::Write as _;
 
@@ -176,13 +177,18 @@ pub fn text(mounts: &[Status]) -> String {
 
 /// A label's value as the format wants it.
 fn escaped(value: &str) -> String {
-    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+    told(value).replace('\\', "\\\\").replace('"', "\\\"")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::collections::HashSet;
+
+    #[test]
+    fn a_label_is_one_line_that_the_format_knows() {
+        assert_eq!(escaped("a\"b\\c\n\x1b"), "a\\\"b\\\\c\\\\x0a\\\\x1b");
+    }
 
     fn mount(role: &str, place: &str) -> Status {
         let mut s =

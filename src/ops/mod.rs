@@ -9,6 +9,7 @@ pub mod init;
 pub mod manifest;
 pub mod metrics;
 pub mod names;
+pub mod newfile;
 pub mod place;
 pub mod protection;
 pub mod reader;

@@ -198,20 +198,49 @@ impl Search {
 
 /// A path for people and for JSON: what is no printable text is written as `\xNN`, and a backslash as two.
 pub fn shown(path: &[u8]) -> String {
-    let mut out = String::with_capacity(path.len());
-    for chunk in path.utf8_chunks() {
+    let out = escaped(path, &|c| c == '\\' || c.is_control());
+    if out.is_empty() { ".".into() } else { out }
+}
+
+/// Words for people that may hold what another host, a store or a name says, as part of one line: nothing in them ends
+/// the line or speaks to the terminal. Unlike [`shown`] it leaves a backslash, for paths in the words may be shown
+/// already, and what it has been through it does not change again.
+pub fn told(words: &str) -> String {
+    escaped(words.as_bytes(), &is_unsafe)
+}
+
+/// JSON as a terminal may see it. The text has such characters only within strings, where `\u` means the same.
+pub fn json_told(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\n' => out.push(c), // between the values
+            c if is_unsafe(c) => out.push_str(&format!("\\u{:04x}", u32::from(c))),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+/// Control characters, what ends a line, and what turns the direction of reading, so that words stand in another order
+/// than they are said. All are below U+10000.
+fn is_unsafe(c: char) -> bool {
+    c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+fn escaped(text: &[u8], escape: &dyn Fn(char) -> bool) -> String {
+    let mut out = String::with_capacity(text.len());
+    for chunk in text.utf8_chunks() {
         for c in chunk.valid().chars() {
             match c {
-                '\\' => out.push_str("\\\\"),
-                c if c.is_control() => {
-                    c.to_string().bytes().for_each(|b| out.push_str(&format!("\\x{b:02x}")))
-                }
+                '\\' if escape(c) => out.push_str("\\\\"),
+                c if escape(c) => c.to_string().bytes().for_each(|b| out.push_str(&format!("\\x{b:02x}"))),
                 c => out.push(c),
             }
         }
         chunk.invalid().iter().for_each(|b| out.push_str(&format!("\\x{b:02x}")));
     }
-    if out.is_empty() { ".".into() } else { out }
+    out
 }
 
 /// True if `path` is `top` or lies below it; everything lies below an empty one.
@@ -238,6 +267,26 @@ mod tests {
         assert_eq!(shown(b"a\\x0a"), "a\\\\x0a");
         assert_eq!(shown(b"a\n\xff"), "a\\x0a\\xff");
         assert_eq!(shown(b""), ".");
+    }
+
+    #[test]
+    fn words_of_others_stay_one_line_and_do_not_speak_to_the_terminal() {
+        let words = "fire\x1b[31m\x1b]0;pwn\x07\nline2 \u{9b}2J \u{202e}c\\x0a \u{e4}";
+        let told_once = told(words);
+        assert_eq!(
+            told_once,
+            "fire\\x1b[31m\\x1b]0;pwn\\x07\\x0aline2 \\xc2\\x9b2J \\xe2\\x80\\xaec\\x0a \u{e4}"
+        );
+        assert_eq!(told(&told_once), told_once);
+    }
+
+    #[test]
+    fn json_for_a_terminal_means_the_same() {
+        let text = serde_json::to_string_pretty(&vec!["\x1b\n\u{7f}\u{9b}\u{2028}\u{e4}"]).expect("JSON");
+        let told = json_told(&text);
+        assert!(told.contains("\\u009b\\u2028\u{e4}") && !told.contains(['\u{7f}', '\u{9b}']), "{told}");
+        let back: Vec<String> = serde_json::from_str(&told).expect("JSON");
+        assert_eq!(back, ["\x1b\n\u{7f}\u{9b}\u{2028}\u{e4}"]);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! Invariant: the first line begins with the level, a colon and one of the words in [`Standing`]; what is not in the
 //! embassy is never left out.
 
+use super::names::told;
 use super::status::{CommitPoint, Status, bytes, rfc3339, seconds};
 use std::fmt::Write as _;
 
@@ -50,14 +51,14 @@ pub fn text(s: &Status) -> String {
     let standing = Standing::of(s);
     let mut out = match standing {
         Standing::ReadOnly => return read_only(s),
-        _ => format!("{}: {}\n", s.protection, first_line(s, standing)),
+        _ => format!("{}: {}\n", told(&s.protection), first_line(s, standing)),
     };
     let mut line = |what: &str, words: &str| {
         // Writing to a String cannot fail.
         let _ = writeln!(out, "{what:<8} {words}");
     };
     if let Some(why) = why(s, standing) {
-        line("why:", why);
+        line("why:", &told(why));
     }
     line("unsent:", &unsent(s));
     line("means:", means(s, standing));
@@ -75,7 +76,7 @@ fn read_only(s: &Status) -> String {
         || "the empty volume".to_string(),
         |c| format!("commit {} of {}", c.no, rfc3339::text(c.time)),
     );
-    let error = s.last_error.as_ref().map_or_else(String::new, |e| format!("error:   {e}\n"));
+    let error = s.last_error.as_ref().map_or_else(String::new, |e| format!("error:   {}\n", told(e)));
     format!(
         "read-only: shows {shown}\n{error}means:   nothing is written here, and nothing waits to be sent\n"
     )
@@ -199,6 +200,16 @@ mod tests {
         assert!(text(&behind("strict")).starts_with("strict: NOT SHIPPING: "));
         assert!(text(&behind("strict")).contains("EIO"));
         assert!(text(&behind("local")).contains("as told"));
+    }
+
+    #[test]
+    fn a_reason_of_another_host_forges_no_line() {
+        let why = "FENCED: taken over (reason: x\nembassy: all of it\x1b[2J)";
+        let fenced = Status { fenced: true, last_error: Some(why.into()), ..at("available") };
+        let reader = Status { role: "reader".into(), ..fenced.clone() };
+        for words in [text(&fenced), text(&reader)] {
+            assert!(!words.contains('\x1b') && !words.contains("\nembassy: all"), "{words}");
+        }
     }
 
     #[test]

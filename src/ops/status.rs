@@ -1,6 +1,7 @@
 //! What a mounted volume says about itself: the record that `embassyfs status` shows, and its text for people.
 //! Invariant: the JSON keys are an interface; they are added to, never renamed.
 
+use super::names::told;
 use super::requests::RequestFigures;
 use crate::types::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -143,12 +144,13 @@ impl fmt::Display for StoreStatus {
             Some(p) => format!("commit {} of {}", p.no, rfc3339::text(p.time)),
             None => "none".into(),
         };
-        writeln!(f, "{}: volume {} ({})", self.store, self.volume, self.volume_id)?;
+        let [store, volume, id] = [&self.store, &self.volume, &self.volume_id].map(|text| told(text));
+        writeln!(f, "{store}: volume {volume} ({id})")?;
         writeln!(f, "  last commit         {}", point(&self.last_commit))?;
         writeln!(f, "  newest checkpoint   {}", point(&self.newest_checkpoint))?;
         let segment = self.newest_segment.map_or_else(|| "none".into(), |n| format!("{n} ({n:016x})"));
         writeln!(f, "  newest segment      {segment}")?;
-        write!(f, "  head                {}", self.head.as_deref().unwrap_or("none"))
+        write!(f, "  head                {}", told(self.head.as_deref().unwrap_or("none")))
     }
 }
 
@@ -312,8 +314,8 @@ impl fmt::Display for Status {
             Some(p) => format!("commit {} of {}", p.no, rfc3339::text(p.time)),
             None => "none".into(),
         };
-        writeln!(f, "{}: {}", self.mountpoint, self.headline())?;
-        writeln!(f, "  last error    {}", self.last_error.as_deref().unwrap_or("none"))?;
+        writeln!(f, "{}: {}", told(&self.mountpoint), self.headline())?;
+        writeln!(f, "  last error    {}", told(self.last_error.as_deref().unwrap_or("none")))?;
         writeln!(f, "  last durable  {}", point(&self.last_durable))?;
         writeln!(f, "  last commit   {}", point(&self.last_commit))?;
         if self.role != "reader" {
@@ -321,23 +323,25 @@ impl fmt::Display for Status {
                 0 => self.protection.clone(),
                 n => format!("{} (fell back to the local spool {n} times)", self.protection),
             };
-            writeln!(f, "  protection    {level}")?;
+            writeln!(f, "  protection    {}", told(&level))?;
             writeln!(f, "  unsent        {}", self.waiting_in_words().as_deref().unwrap_or("nothing"))?;
             writeln!(f, "  lag           {}", seconds(self.lag_seconds))?;
         }
-        writeln!(f, "  head          {}", self.head.as_deref().unwrap_or("none"))?;
+        writeln!(f, "  head          {}", told(self.head.as_deref().unwrap_or("none")))?;
         if let Some(follow) = &self.follow {
             writeln!(f, "  lag           {}", seconds(self.lag_seconds))?;
             writeln!(f, "  last contact  {} ago", seconds(follow.contact_seconds))?;
             if let Some(error) = &follow.error {
-                writeln!(f, "  {:12}  {error}", follow.state)?;
+                writeln!(f, "  {:12}  {}", told(&follow.state), told(error))?;
             }
         }
         writeln!(f, "  cache         {}", bytes(self.cache_bytes))?;
-        writeln!(f, "  volume        {} ({}), {}", self.volume, self.volume_id, self.role)?;
-        writeln!(f, "  store         {}", self.store)?;
-        writeln!(f, "  state         {}", self.state)?;
-        write!(f, "  daemon        pid {}, version {}, up {}", self.pid, self.version, seconds(self.uptime))
+        let [volume, id, role] = [&self.volume, &self.volume_id, &self.role].map(|text| told(text));
+        writeln!(f, "  volume        {volume} ({id}), {role}")?;
+        writeln!(f, "  store         {}", told(&self.store))?;
+        writeln!(f, "  state         {}", told(&self.state))?;
+        let version = told(&self.version);
+        write!(f, "  daemon        pid {}, version {version}, up {}", self.pid, seconds(self.uptime))
     }
 }
 
@@ -490,6 +494,28 @@ mod tests {
         // A failed log that has taken only names with it.
         let failed = Status { in_sync: false, ..writer(7, 7) };
         assert!(failed.ending() == Ending::Lost && words(&failed).contains("after the last commit"));
+    }
+
+    #[test]
+    fn no_words_of_another_host_make_a_line_of_their_own() {
+        let bad = || String::from("h\x1b[1mX\n  last error    none");
+        let follow = Some(FollowStatus { state: bad(), error: Some(bad()), ..FollowStatus::default() });
+        let status = Status {
+            mountpoint: bad(),
+            volume: bad(),
+            store: bad(),
+            state: bad(),
+            head: Some(bad()),
+            last_error: Some(bad()),
+            protection: bad(),
+            follow,
+            ..writer(7, 7)
+        };
+        let text = status.to_string();
+        assert_eq!(text.matches("\n  last error").count(), 1, "{text}");
+        assert!(!text.contains('\x1b') && text.contains("h\\x1b[1mX\\x0a"), "{text}");
+        let text = StoreStatus { store: bad(), volume: bad(), ..StoreStatus::default() }.to_string();
+        assert!(text.lines().count() == 5 && !text.contains('\x1b'), "{text}");
     }
 
     #[test]

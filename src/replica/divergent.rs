@@ -12,6 +12,7 @@ use crate::log::segment::{
 };
 use crate::log::statedir::StateDir;
 use crate::log::{Error, Result};
+use crate::ops::names::told;
 use crate::store::overlay::OverlayStore;
 use crate::store::{Store, StoreError};
 use crate::tree::checkpoint;
@@ -104,7 +105,7 @@ pub(super) fn set_aside(dir: &StateDir, tail: &[Here], note: &str) -> Result<Pat
     let to = format!("{DIVERGENT}/{:08x}", epoch.0);
     let at = dir.root().join(&to);
     dir.make_dirs(&to)?;
-    dir.write_atomic(&format!("{to}/note.txt"), note.as_bytes())?;
+    dir.write_atomic(&format!("{to}/note.txt"), told(note).as_bytes())?;
     // Checkpoints first: without them nobody starts from a state that the chain does not have.
     for name in dir.checkpoints()? {
         let last = name.rsplit('/').next().unwrap_or(&name);

@@ -9,6 +9,7 @@ use super::volume::Volume;
 use crate::log::claim::{self, About, Mark};
 use crate::log::segment::{Kind, segment_name};
 use crate::log::{self, Error, Result};
+use crate::ops::names::told;
 use crate::types::Head;
 
 impl Volume {
@@ -54,7 +55,7 @@ impl Volume {
             return Err(Error::Refused(format!("{name} was taken by another writer meanwhile")));
         }
         let when = crate::ops::status::rfc3339::text(mark.time);
-        let reason = format!("HANDED OVER to `{to}` on {when} ({name})");
+        let reason = told(&format!("HANDED OVER to `{to}` on {when} ({name})"));
         self.dir.write_atomic(FENCED, reason.as_bytes())?;
         ::log::info!("{reason}");
         Ok(head)

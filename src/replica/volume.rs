@@ -25,6 +25,7 @@ use crate::log::statedir::StateDir;
 use crate::log::volume::Superblock;
 use crate::log::writer::LogWriter;
 use crate::log::{self, ClosedSegment, Error, Result};
+use crate::ops::names::told;
 use crate::store::Store;
 use crate::tree::checkpoint;
 use crate::types::{CommitNo, Epoch, FramePtr, Head, Seq, Timestamp};
@@ -288,10 +289,11 @@ fn admitted(options: &OpenOptions) -> Result<Arc<StateDir>> {
     let dir = Arc::new(StateDir::open_on(options.env.disk.clone(), &options.state)?);
     match dir.read(FENCED)?.filter(|_| !read_only) {
         Some(reason) => Err(Error::Refused(format!(
-            "{}. This was noted in {}: from this state directory nothing is written any more. 'embassyfs divergence' shows \
-             what was not sent; to write from here again, have the volume handed back and 'accept' it, or 'promote'",
-            String::from_utf8_lossy(&reason),
-            dir.root().join(FENCED).display()
+            "this host is no longer the volume's writer. Who took it over first was noted in {} (others may have since): \
+             {}. From this state directory nothing is written any more. 'embassyfs divergence' shows what was not sent; \
+             to write from here again, have the volume handed back and 'accept' it, or 'promote'",
+            dir.root().join(FENCED).display(),
+            String::from_utf8_lossy(&reason).trim_end_matches('.')
         ))),
         None => Ok(dir),
     }
@@ -391,7 +393,7 @@ impl Parts<'_> {
         let latched = Arc::downgrade(&fs);
         let dir = Arc::downgrade(self.dir); // the account can outlive the volume by a moment
         durable.on_fence(Box::new(move |reason| {
-            let noted = dir.upgrade().map_or(Ok(()), |dir| dir.write_atomic(FENCED, reason.as_bytes()));
+            let noted = dir.upgrade().map_or(Ok(()), |dir| dir.write_atomic(FENCED, told(reason).as_bytes()));
             if let Err(e) = noted {
                 ::log::error!("that this host is fenced cannot be noted for the next start: {e}");
             }

@@ -160,6 +160,9 @@ fn a_file_is_created_for_its_owner_only_and_refused_when_others_may_read_it() {
     }
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o400)).unwrap();
     assert!(KeyFile::load(&path).is_ok());
+    // No advice to close what is no key file: others may need it.
+    let err = KeyFile::load(std::path::Path::new("/etc/passwd")).unwrap_err().to_string();
+    assert!(err.contains("no key file") && !err.contains("chmod"), "{err}");
 }
 
 #[test]

@@ -104,6 +104,27 @@ def later(directory, volume, drills, home, file):
     done = manifest(home, directory / "again", "--at", found["manifest"]["commit"]["no"])
     lines = lambda path: path.read_text().split("\n{\n")[0]
     check(lines(directory / "again") == lines(file), "and can be made again at home", done.stdout)
+    done = manifest(home, directory / "future", "--at", 999, ok=False)
+    said = "there is no commit 999" in done.stderr and "versions" in done.stderr
+    check(done.returncode == 1 and said, "a commit that is not there is said not to be", done.stderr)
+    interrupted(directory, home)
+
+
+def interrupted(directory, home):
+    """A manifest that is interrupted, however, leaves nothing that is in the way of the next."""
+    out = directory / "ended"
+    out.mkdir()
+    for sign in (signal.SIGINT, signal.SIGKILL):
+        writing = subprocess.Popen(
+            [program(), "manifest", home.point, "--live", "--out", out / "m"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        time.sleep(0.05)
+        writing.send_signal(sign)
+        ended = writing.wait(30)
+        check(ended == 0 or not list(out.iterdir()), f"ended by {sign.name} ({ended}), it leaves no file", str(list(out.iterdir())))
+        (out / "m").unlink(missing_ok=True)
+    manifest(home, out / "m")
 
 
 def forged(directory, volume, drills, file):
@@ -269,7 +290,8 @@ def main(directory):
     lines = lambda path: path.read_text().split("\n{\n")[0]
     check(lines(live) == lines(file), "a manifest of the files themselves says the same as one of the version")
     done = manifest(home, file, ok=False)
-    check("exists" in done.stderr, "a manifest is not written over another", done.stderr)
+    told = "choose another name" in done.stderr
+    check(told, "a manifest is not written over another, and the way out is named", done.stderr)
     reports(directory, drills, good(directory, volume, drills, file))
     forged(directory, volume, drills, file)
     killed(directory, volume, drills, file)
