@@ -134,11 +134,7 @@ impl Prepared {
             key,
             state: request.state.clone(),
             env: Env::system(),
-            version: match request.at {
-                None => Version::Newest,
-                Some(At::Commit(no)) => Version::Commit(no),
-                Some(At::Time(time)) => Version::Time(time),
-            },
+            version: request.at.map_or(Version::Newest, Version::from),
             trust: request.trust,
             protection: request.protection,
             sync_timeout: request.sync_timeout,
