@@ -5,7 +5,7 @@ use super::reading::{ReadArgs, parse_version};
 use super::{print, print_json, seam};
 use crate::crypto::keyfile::Role;
 use crate::ops::changes::{Change, Changes, compare};
-use crate::ops::names::{plain_path, shown};
+use crate::ops::names::{Names, plain_path, shown};
 use crate::ops::status::rfc3339;
 use crate::replica::Version;
 use crate::replica::views::{View, Views};
@@ -29,7 +29,8 @@ A directory that was moved is one line, with nothing of what it holds. Bytes tha
 
 Exit codes:
   0  the two versions hold the same        9  they differ
-  2  wrong usage    7  the store is unreachable    8  refused (key, damage, no such version)
+  2  wrong usage, or PATH is in neither version
+  7  the store is unreachable or holds no volume    8  refused (key, damage, no such version)
 
 Examples:
   embassyfs diff --store s3://embassy/land --key reader.key \\
@@ -64,6 +65,10 @@ pub fn run(args: DiffArgs) -> Outcome {
         return Err(Failure::new(ExitCode::Failed, "two versions were not opened"));
     };
     let found = between(&views, old, new, &within)?;
+    if found.changes.is_empty() && !is_in(&views, old, &within)? && !is_in(&views, new, &within)? {
+        return Err(Failure::usage(format!("'{}' is in neither of the two versions", shown(&within)))
+            .hint("give the path from the volume's root; without it all of the volume is compared"));
+    }
     if args.json {
         print_json(&json!({
             "from": point(old),
@@ -82,6 +87,12 @@ fn between(views: &Views, old: &View, new: &View, within: &[u8]) -> Result<Chang
     let fetch = |ptrs: &[crate::types::FramePtr]| views.fetch(ptrs);
     let found = views.with(old, |old| views.with(new, |new| compare(old, new, &fetch, within)));
     found.map_err(|e| seam::failure(&e))
+}
+
+fn is_in(views: &Views, view: &View, path: &[u8]) -> Result<bool, Failure> {
+    let fetch = |ptrs: &[crate::types::FramePtr]| views.fetch(ptrs);
+    let found = views.with(view, |levels| Names::new(levels, &fetch).find(path));
+    Ok(found.map_err(|e| seam::failure(&e))?.is_some())
 }
 
 fn point(view: &View) -> serde_json::Value {

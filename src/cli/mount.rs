@@ -4,7 +4,7 @@
 use super::daemon::{self, ReadyPipe, Side};
 use super::exit::{ExitCode, Failure, Outcome};
 use super::logging;
-use super::options::{At, MountOptions, parse_at, parse_duration};
+use super::options::{At, MountOptions, parse_duration, parse_past};
 use super::seam::OpenRequest;
 use super::serve::serve;
 use super::supervise;
@@ -66,8 +66,9 @@ pub struct MountArgs {
     /// With --read-only: refuse a store whose history does not hold this segment, as 'status' and 'versions' print it.
     #[arg(long, value_name = "SEQ:HASH", value_parser = parse_head)]
     pub(super) expect: Option<Head>,
-    /// Show the volume as it was: a commit number, a time like 2025-01-31T12:00:00Z, or @seconds since 1970.
-    #[arg(long, value_name = "SEQ|TIME", value_parser = parse_at)]
+    /// Show the volume as it was: a commit number, a time like 2025-01-31T12:00:00Z, @seconds since 1970, or newest. A
+    /// time to come is refused.
+    #[arg(long, value_name = "SEQ|TIME", value_parser = parse_past)]
     pub(super) at: Option<At>,
     /// Stay in the foreground and log to standard error.
     #[arg(long, short = 'f')]
@@ -115,7 +116,7 @@ pub fn plan(args: MountArgs) -> Result<MountPlan, Failure> {
     let mountpoint = required(args.mountpoint.or(config.mountpoint), "MOUNTPOINT", "mountpoint")?;
     let at = match (args.at, config.at) {
         (Some(at), _) => Some(at),
-        (None, Some(text)) => Some(parse_at(&text).map_err(|e| Failure::usage(format!("at: {e}")))?),
+        (None, Some(text)) => Some(parse_past(&text).map_err(|e| Failure::usage(format!("at: {e}")))?),
         (None, None) => None,
     };
     let level =
@@ -137,6 +138,8 @@ pub fn plan(args: MountArgs) -> Result<MountPlan, Failure> {
     if at.is_some() && !options.read_only {
         return Err(Failure::usage("--at shows the past, which cannot be written").hint("add --read-only"));
     }
+    // The newest is what is shown without it; then what goes with that goes with it.
+    let at = at.filter(|at| *at != At::Newest);
     let trust = Trust { expect: args.expect, max_age: args.max_age };
     if trust != Trust::default() && !options.read_only {
         return Err(

@@ -5,7 +5,7 @@
 use super::exit::{ExitCode, Failure, Outcome};
 use super::mount::{self, MountArgs};
 use super::mounted;
-use super::options::{MountOptions, parse_at, parse_pair};
+use super::options::{MountOptions, parse_pair, parse_past};
 use super::{StoreArgs, logging};
 use crate::fuse::mount::{self as kernel, MountSettings};
 use std::ffi::OsString;
@@ -144,7 +144,7 @@ fn take_option(args: &mut MountArgs, word: &str, sloppy: bool) -> Result<(), Fai
         Some(("log_level", level)) => {
             args.log_level = Some(logging::parse_level(level).map_err(bad("log_level"))?);
         }
-        Some(("at", text)) => args.at = Some(parse_at(text).map_err(bad("at"))?),
+        Some(("at", text)) => args.at = Some(parse_past(text).map_err(bad("at"))?),
         Some((name, _)) if name.starts_with("store.") => {
             let pair = word.strip_prefix("store.").unwrap_or(word);
             store_options.push(parse_pair(pair).map_err(bad(name))?);

@@ -3,8 +3,10 @@
 //! mount(8) and systemd.
 
 use super::exit::Failure;
+use crate::clock::Env;
 use crate::ops::names::told;
 use crate::ops::status::rfc3339;
+use crate::replica::Version;
 use crate::replica::durable::Protection;
 use crate::types::{CommitNo, Timestamp};
 use std::time::Duration;
@@ -16,7 +18,23 @@ pub enum At {
     Commit(CommitNo),
     /// The newest commit that was made at or before this time.
     Time(Timestamp),
+    /// The newest commit.
+    Newest,
 }
+
+impl From<At> for Version {
+    fn from(at: At) -> Version {
+        match at {
+            At::Commit(no) => Version::Commit(no),
+            At::Time(time) => Version::Time(time),
+            At::Newest => Version::Newest,
+        }
+    }
+}
+
+/// How far home's clock may be ahead of this host's: a time that is further in the future is still to come. What home
+/// wrote by such a clock can be asked for by its time.
+pub const CLOCK_SKEW: Duration = Duration::from_secs(300);
 
 /// Everything `-o` can say, with its default.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -273,15 +291,36 @@ fn is_sane(d: &Duration) -> bool {
     *d <= Duration::from_secs(366 * 86_400)
 }
 
-/// A point in the history: a commit number, an RFC 3339 time, or `@seconds` since 1970.
+/// What `--at` takes: as [`parse_at`], and no time to come. What is newest then is not known now.
+pub fn parse_past(text: &str) -> Result<At, String> {
+    match parse_at(text)? {
+        At::Time(time) if is_to_come(time, Env::system().clock.now()) => Err(format!(
+            "{} is still to come, by this host's clock ({}); for the newest commit say 'newest'",
+            rfc3339::text(time),
+            rfc3339::text(Env::system().clock.now())
+        )),
+        at => Ok(at),
+    }
+}
+
+/// Later than any clock may be by now.
+pub fn is_to_come(time: Timestamp, now: Timestamp) -> bool {
+    time.secs.saturating_sub(now.secs) > CLOCK_SKEW.as_secs().cast_signed()
+}
+
+/// A point in the history: a commit number, an RFC 3339 time, `@seconds` since 1970, or `newest`.
 pub fn parse_at(text: &str) -> Result<At, String> {
+    if text == "newest" {
+        return Ok(At::Newest);
+    }
     if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) {
         let no: u64 = text.parse().map_err(|_| format!("'{text}' is too large for a commit number"))?;
         return Ok(At::Commit(CommitNo(no)));
     }
     rfc3339::parse(text).map(At::Time).map_err(|_| {
         format!(
-            "'{text}' is neither a commit number, nor a time with its offset such as 2025-01-31T12:00:00Z, nor @seconds"
+            "'{text}' is neither a commit number, nor a time with its offset such as 2025-01-31T12:00:00Z, nor @seconds, \
+             nor 'newest'"
         )
     })
 }
@@ -365,9 +404,17 @@ mod tests {
         assert_eq!(parse_at("17"), Ok(At::Commit(CommitNo(17))));
         assert_eq!(parse_at("@17"), Ok(At::Time(Timestamp { secs: 17, nanos: 0 })));
         assert_eq!(parse_at("1970-01-01T02:00:00+02:00"), Ok(At::Time(Timestamp::default())));
+        assert_eq!(parse_at("newest"), Ok(At::Newest));
         for text in ["", "-5", "yesterday", "2025-01-01", "99999999999999999999999"] {
             assert!(parse_at(text).is_err(), "{text}");
         }
+        let at = |secs| Timestamp { secs, nanos: 0 };
+        assert!(!is_to_come(at(1300), at(1000)), "home's clock may be that far ahead");
+        assert!(is_to_come(at(1301), at(1000)) && !is_to_come(at(0), at(1000)));
+        assert!(is_to_come(at(i64::MAX), at(i64::MIN)) && !is_to_come(at(i64::MIN), at(i64::MAX)));
+        let refused = parse_past("2999-01-01T00:00:00Z").expect_err("is to come");
+        assert!(refused.contains("still to come") && refused.contains("'newest'"), "{refused}");
+        assert_eq!(parse_past("@17"), parse_at("@17"));
     }
 
     #[test]

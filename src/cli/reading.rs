@@ -1,9 +1,9 @@
 //! What the commands share that look into a store without a mount: flags, key, store, a place for copies.
-//! Invariant: a state directory that was not asked for is gone when the command ends.
+//! Invariant: a state directory that was not asked for is gone when the command ends, also by a signal.
 
 use super::exit::{ExitCode, Failure};
-use super::options::{At, parse_at};
-use super::{StoreArgs, absolute, required, seam};
+use super::options::parse_past;
+use super::{StoreArgs, absolute, print_error, required, seam, signals};
 use crate::clock::Env;
 use crate::crypto::keyfile::Role;
 use crate::replica::views::{Place, Views};
@@ -19,7 +19,7 @@ pub struct ReadArgs {
     /// The store.
     #[command(flatten)]
     pub store: StoreArgs,
-    /// The key file: reader.key (writer.key does as well).
+    /// The key file: reader.key or writer.key; for 'verify' and 'receipt check' auditor.key is enough.
     #[arg(long, value_name = "FILE")]
     pub key: Option<PathBuf>,
     /// A directory of this command's own for copies of what was read, kept for the next time; it also remembers the
@@ -49,7 +49,18 @@ enum State {
 impl Drop for State {
     fn drop(&mut self) {
         if let State::Temporary(path) = self {
-            let _ = std::fs::remove_dir_all(path); // copies of what is in the store
+            remove(path);
+        }
+    }
+}
+
+/// Takes a temporary state directory away: it holds copies of what is in the store.
+fn remove(path: &Path) {
+    // Whoever still writes into it is faster once or twice, not always.
+    for _ in 0..100 {
+        match std::fs::remove_dir_all(path) {
+            Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty => {}
+            _ => return,
         }
     }
 }
@@ -57,6 +68,11 @@ impl Drop for State {
 impl ReadArgs {
     /// Loads the key, opens the store, makes the state directory.
     pub fn begin(&self, role: Role) -> Result<Reading, Failure> {
+        self.begin_saying(role, "run the command again")
+    }
+
+    /// The same; `way_out` is what to say when a signal ends the command.
+    pub fn begin_saying(&self, role: Role, way_out: &'static str) -> Result<Reading, Failure> {
         let config = self.store.load_config()?;
         let store = self.store.resolve(&config)?;
         let key = required(self.key.clone().or(config.key), "--key FILE", "key")?;
@@ -64,6 +80,18 @@ impl ReadArgs {
             Some(path) => State::Given(absolute(path)?),
             None => State::Temporary(temporary()),
         };
+        let temporary = match &state {
+            State::Given(_) => None,
+            State::Temporary(path) => Some(path.clone()),
+        };
+        let end = move |signal| {
+            if let Some(path) = &temporary {
+                remove(path);
+            }
+            print_error(&format!("ended by {signal}; {way_out}"));
+        };
+        signals::before_end(end)
+            .map_err(|e| Failure::from_error(ExitCode::Failed, "watching for signals", &e))?;
         let (State::Given(path) | State::Temporary(path)) = &state;
         let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
         made.map_err(|e| {
@@ -98,22 +126,7 @@ fn temporary() -> PathBuf {
     std::env::temp_dir().join(format!("embassyfs-{}", crate::types::hex(&name)))
 }
 
-/// `newest`, or what `--at` takes.
+/// A version, as `--at` takes it.
 pub fn parse_version(text: &str) -> Result<Version, String> {
-    if text == "newest" {
-        return Ok(Version::Newest);
-    }
-    match parse_at(text) {
-        Ok(at) => Ok(version(Some(at))),
-        Err(e) => Err(format!("{e}, nor 'newest'")),
-    }
-}
-
-/// The version that `--at` asks for.
-pub fn version(at: Option<At>) -> Version {
-    match at {
-        None => Version::Newest,
-        Some(At::Commit(no)) => Version::Commit(no),
-        Some(At::Time(time)) => Version::Time(time),
-    }
+    parse_past(text).map(Version::from)
 }

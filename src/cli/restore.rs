@@ -1,9 +1,9 @@
 //! `embassyfs restore`: copies files out of a version, without a mount.
 
 use super::exit::{ExitCode, Failure, Outcome};
-use super::options::{At, parse_at};
+use super::options::{At, parse_past};
 use super::progress::Counting;
-use super::reading::{ReadArgs, Reading, version};
+use super::reading::{ReadArgs, Reading};
 use super::{print, print_error, print_json, seam};
 use crate::crypto::keyfile::Role;
 use crate::fs::{Error, Settings};
@@ -12,9 +12,9 @@ use crate::ops::place::Dir;
 use crate::ops::reader::Reader;
 use crate::ops::restore::{Report, Restore, Stopped};
 use crate::ops::status::{bytes, rfc3339};
-use crate::replica::Trust;
 use crate::replica::durable::Protection;
 use crate::replica::volume::{OpenOptions, Volume};
+use crate::replica::{Trust, Version};
 use serde_json::json;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
@@ -24,6 +24,9 @@ use std::time::Duration;
 /// Opened frames in memory and copies on the local disk, in bytes.
 const FRAME_CACHE: usize = 64 << 20;
 const DISK_CACHE: u64 = 1 << 30;
+/// What to say when it ends before its end.
+const WAY_OUT: &str = "what is finished stays; run the command again to go on (with --at, so that it means the same \
+                       version)";
 /// Problems printed one by one.
 const SHOWN: usize = 20;
 
@@ -31,32 +34,42 @@ const SHOWN: usize = 20;
 ///
 /// Each PATH of the volume comes into DEST under its last name ('.': all that the volume holds), with owner, mode,
 /// times, extended attributes, access control lists, symbolic links, hard links among what is copied, holes, devices and
-/// pipes. Every byte is authenticated as it is read. A file gets its name when it is whole and on the disk; run again
-/// after an interruption, what is finished is not copied again. Give --at, so that both runs mean the same version.
+/// pipes. Every byte is authenticated as it is read, and every file read back from the disk and compared before it gets
+/// its name. Run again after an interruption, what is finished is not copied again. Give --at, so that both runs mean the
+/// same version.
 #[derive(clap::Args)]
 #[command(after_help = "\
-What is in DEST and differs is left as it is, and told of, unless --overwrite is given. Directories that are there are
-filled and take the volume's attributes. No symbolic link in DEST is followed. As another user than root, owners and
+What is in DEST already is known to be finished by its type, owner, mode, size, time of modification, extended attributes
+and access list: a file that was damaged behind these is not seen without --verify, which reads it and compares every
+byte. What differs is left as it is, and told of, unless --overwrite is given. Directories that are there are filled and
+take the volume's attributes. No symbolic link in DEST is followed. As another user than root, owners and
 devices are told of as not restored.
 
 Exit codes:
   0  all is restored                     1  something is not; each is named, the rest is restored
-  2  wrong usage    7  the store is unreachable; run again to go on    8  refused (key, damage, no such version)
+  2  wrong usage    7  the store is unreachable or holds no volume; run again to go on
+  8  refused (key, damage, no such version)
 
 Examples:
   embassyfs restore --store s3://embassy/land --key reader.key \\
     --at 2026-11-20T03:00:00Z deeds/2026 /srv/back
   embassyfs restore --store s3://embassy/land --key reader.key --at 1041 \\
-    --state /var/tmp/r . /srv/back")]
+    --state /var/tmp/r . /srv/back
+  embassyfs restore --store s3://embassy/land --key reader.key --at 1041 \\
+    --verify --overwrite . /srv/back")]
 pub struct RestoreArgs {
     #[command(flatten)]
     read: ReadArgs,
-    /// The version: a commit number, a time like 2025-01-31T12:00:00Z, or @seconds since 1970; the newest without it.
-    #[arg(long, value_name = "SEQ|TIME", value_parser = parse_at)]
+    /// The version: a commit number, a time like 2025-01-31T12:00:00Z, @seconds since 1970, or newest, which it is
+    /// without this. A time to come is refused.
+    #[arg(long, value_name = "SEQ|TIME", value_parser = parse_past)]
     at: Option<At>,
     /// Replace what is in DEST and differs.
     #[arg(long)]
     overwrite: bool,
+    /// Compare the contents of what is in DEST already, too: reads all of it on both sides.
+    #[arg(long)]
+    verify: bool,
     /// A JSON report instead of text.
     #[arg(long)]
     json: bool,
@@ -80,10 +93,10 @@ pub fn run(args: RestoreArgs) -> Outcome {
         return Err(Failure::usage("two of the paths would have the same name in DEST")
             .hint("restore them into two directories"));
     }
-    let reading = args.read.begin(Role::Reader)?;
+    let reading = args.read.begin_saying(Role::Reader, WAY_OUT)?;
     let volume = open(&reading, args.at)?;
     let dest = PathBuf::from(dest);
-    let report = copy(&reading, &volume, &sources, &dest, args.overwrite)?;
+    let report = copy(&reading, &volume, &sources, &dest, &args)?;
     let (commit, time) = volume.opened.map_or((0, None), |(no, time)| (no.0, Some(rfc3339::text(time))));
     let code = if report.problem_count == 0 { ExitCode::Ok } else { ExitCode::Failed };
     if args.json {
@@ -100,8 +113,8 @@ pub fn run(args: RestoreArgs) -> Outcome {
         ));
     }
     print(&format!(
-        "commit {commit}: {} files ({}), {} directories, {} others, {} links restored to {}; {} were there already; \
-         {} problems",
+        "commit {commit}: {} files ({}), {} directories, {} others, {} links restored to {}; {} were there already \
+         ({}); {} problems",
         report.files,
         bytes(report.bytes),
         report.directories,
@@ -109,6 +122,10 @@ pub fn run(args: RestoreArgs) -> Outcome {
         report.links,
         dest.display(),
         report.present,
+        match args.verify {
+            true => format!("contents of {} files compared", report.compared),
+            false => "by size, times and attributes; --verify reads them".into(),
+        },
         report.problem_count
     ));
     Ok(code)
@@ -121,7 +138,7 @@ pub fn open(reading: &Reading, at: Option<At>) -> Result<Volume, Failure> {
         key: reading.place.key.clone(),
         state: reading.state().to_path_buf(),
         env: reading.place.env.clone(),
-        version: version(at),
+        version: at.map_or(Version::Newest, Version::from),
         protection: Protection::Local,
         sync_timeout: Duration::ZERO,
         disk_cache: DISK_CACHE,
@@ -138,7 +155,7 @@ fn copy(
     volume: &Volume,
     sources: &[Vec<u8>],
     dest: &Path,
-    overwrite: bool,
+    args: &RestoreArgs,
 ) -> Result<Report, Failure> {
     let place = |e: std::io::Error| {
         Failure::from_error(ExitCode::Failed, format!("cannot restore to {}", dest.display()), &e)
@@ -149,7 +166,7 @@ fn copy(
     let reader = Reader { fs: &volume.fs, fetch: &fetch };
     let mut bar = Counting::new("restoring");
     let mut show = |report: &Report| bar.show(report.files + report.present, report.bytes);
-    let mut restore = Restore::new(reader, dir, overwrite, &mut show);
+    let mut restore = Restore::new(reader, dir, args.overwrite, &mut show).comparing(args.verify);
     let done = sources.iter().try_for_each(|path| restore.copy(path)).and_then(|()| restore.finish());
     bar.finish();
     done.map_err(|e| stopped(&e))
@@ -162,7 +179,7 @@ pub fn stopped(e: &Stopped) -> Failure {
         e => Failure::from_error(ExitCode::Failed, "the restore stopped", e),
     };
     match failure.hint {
-        None => failure.hint("what is finished stays; run the command again to go on"),
+        None => failure.hint(WAY_OUT),
         Some(_) => failure,
     }
 }

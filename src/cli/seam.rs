@@ -28,6 +28,8 @@ use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
 use zeroize::Zeroizing;
 
+const NO_VOLUME: &str = "check the URL, or make a volume with 'embassyfs init'";
+
 /// Threads for the store's traffic and for requests that had to wait.
 const WORKERS: usize = 2;
 
@@ -132,11 +134,7 @@ impl Prepared {
             key,
             state: request.state.clone(),
             env: Env::system(),
-            version: match request.at {
-                None => Version::Newest,
-                Some(At::Commit(no)) => Version::Commit(no),
-                Some(At::Time(time)) => Version::Time(time),
-            },
+            version: request.at.map_or(Version::Newest, Version::from),
             trust: request.trust,
             protection: request.protection,
             sync_timeout: request.sync_timeout,
@@ -325,8 +323,17 @@ impl Asked {
 
 pub(super) fn load_key(path: &std::path::Path, role: Role) -> Result<KeyFile, Failure> {
     let key = KeyFile::load(path).map_err(|e| Failure::from_error(ExitCode::Refused, "key file", &e))?;
-    key.require(role)
-        .map_err(|e| Failure::from_error(ExitCode::Refused, format!("key file {}", path.display()), &e))?;
+    key.require(role).map_err(|e| {
+        let failure = Failure::from_error(ExitCode::Refused, format!("key file {}", path.display()), &e);
+        match (key.role, role) {
+            (Role::Auditor, _) => failure.hint(
+                "it opens nothing that the volume holds, and is for 'verify' and 'receipt check'; every command that \
+                 reads takes reader.key or writer.key",
+            ),
+            (_, Role::Writer) => failure.hint("with reader.key a volume is mounted --read-only"),
+            _ => failure,
+        }
+    })?;
     Ok(key)
 }
 
@@ -347,9 +354,16 @@ pub(super) fn runtime() -> Result<Runtime, Failure> {
 /// The exit code that fits an error of the layers below.
 pub(super) fn failure(e: &Error) -> Failure {
     match e {
-        Error::Store(StoreError::NotFound { .. }) => {
-            Failure::from_error(ExitCode::Store, "no volume in the store", e)
-                .hint("check the URL, or make a volume with 'embassyfs init'")
+        Error::Store(StoreError::NotFound { name }) if name == volume::NAME => {
+            Failure::from_error(ExitCode::Store, "no volume in the store", e).hint(NO_VOLUME)
+        }
+        Error::NoVolume { .. } => {
+            Failure::from_error(ExitCode::Store, "no volume in the store", e).hint(NO_VOLUME)
+        }
+        // The volume is there, and not all of it.
+        Error::Store(StoreError::NotFound { .. } | StoreError::OutOfRange { .. }) => {
+            Failure::from_error(ExitCode::Refused, "the store has lost a part of the volume", e)
+                .hint("'embassyfs verify' tells all that is missing")
         }
         Error::Store(_) => Failure::from_error(ExitCode::Store, "the store failed", e),
         Error::Io { .. } | Error::Missing(_) | Error::Latched(_) => {

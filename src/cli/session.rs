@@ -2,7 +2,7 @@
 //! Invariant: `status` never waits; what else is asked ends within the time it is given.
 
 use super::exit::{ExitCode, Failure};
-use super::options::{At, parse_at};
+use super::options::{At, is_to_come, parse_at};
 use super::seam::{OpenRequest, Served};
 use crate::clock::{Clock, Env};
 use crate::fs::Changed;
@@ -343,7 +343,7 @@ impl Session {
 fn past_version(name: &str, now: Timestamp) -> Result<Version, i32> {
     match parse_at(name) {
         Ok(At::Commit(no)) => Ok(Version::Commit(no)),
-        Ok(At::Time(time)) if time <= now => Ok(Version::Time(time)),
+        Ok(At::Time(time)) if !is_to_come(time, now) => Ok(Version::Time(time)),
         _ => Err(libc::ENOENT),
     }
 }

@@ -57,6 +57,60 @@ fn block_set(set: &libc::sigset_t) -> io::Result<()> {
     }
 }
 
+/// The stop signals that would end this process: one that it was told to ignore (nohup, a shell's `&`) stays ignored.
+fn ending_signals() -> libc::sigset_t {
+    let mut set = stop_signals();
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+        let mut now = MaybeUninit::<libc::sigaction>::uninit();
+        // SAFETY: `now` is a valid place for the answer, which is read only if it was given; nothing is changed but
+        // `set`, which is a valid set.
+        unsafe {
+            if libc::sigaction(signal, std::ptr::null(), now.as_mut_ptr()) == 0
+                && now.assume_init().sa_sigaction == libc::SIG_IGN
+            {
+                libc::sigdelset(&mut set, signal);
+            }
+        }
+    }
+    set
+}
+
+/// From now on a signal that ends this process runs `before` first. For commands, and called before their first other
+/// thread starts; where stop signals are blocked already somebody else takes them, and nothing is done.
+pub fn before_end(before: impl FnOnce(&'static str) + Send + 'static) -> io::Result<()> {
+    let set = ending_signals();
+    let mut blocked = MaybeUninit::uninit();
+    // SAFETY: no set is given, `blocked` is a valid place for the one in force, and is read after it was given.
+    let is_taken = unsafe {
+        libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), blocked.as_mut_ptr()) == 0
+            && libc::sigismember(&blocked.assume_init(), libc::SIGTERM) == 1
+    };
+    if is_taken {
+        return Ok(());
+    }
+    block_set(&set)?;
+    let wait = move || {
+        let mut signal = 0;
+        // SAFETY: `set` is a valid set and `signal` a valid place for the answer.
+        if unsafe { libc::sigwait(&set, &mut signal) } != 0 {
+            return;
+        }
+        before(match signal {
+            libc::SIGINT => "SIGINT",
+            libc::SIGHUP => "SIGHUP",
+            _ => "SIGTERM",
+        });
+        // As if nobody had waited for it: whoever started us sees by what we ended.
+        // SAFETY: a signal with its default effect, sent to this very thread, which lets it through.
+        unsafe {
+            libc::signal(signal, libc::SIG_DFL);
+            libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, std::ptr::null_mut());
+            libc::raise(signal);
+        }
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(wait).map(drop)
+}
+
 /// Starts the thread that waits for the stop signals and calls `on_signal` with the number of signals so far.
 /// [`block`] must have been called before.
 pub fn watch(on_signal: impl Fn(u32) + Send + 'static) -> io::Result<()> {

@@ -17,7 +17,7 @@ const SHOWN: usize = 200;
 
 /// Look whether the store holds the volume whole, signed and unchanged.
 ///
-/// With the auditor's key nothing can be read, and still it shows: the signature of volume.json, of every segment's end
+/// With the auditor's key (auditor.key) nothing can be read, and still it shows: the signature of volume.json, of every segment's end
 /// and of every checkpoint; the whole chain from the newest segment to the first; that every object is there and as long
 /// as it says; with --full that every byte of every segment is the one that was signed. With a reader's key and --full
 /// every frame is opened, and the newest tree is gone through: names, link counts, parents, sizes, counters, and that
@@ -29,7 +29,8 @@ store that was rolled back or forked since is found out; without it, only --max-
 
 Exit codes:
   0  nothing is wrong     9  damage was found (or the newest commit is too old)
-  2  wrong usage    7  the store could not be read, so nothing is known    8  the key is refused
+  2  wrong usage    8  the key is refused
+  7  the store could not be read, or holds nothing of a volume, so nothing is known
 
 Examples:
   embassyfs verify --store s3://embassy/land --key auditor.key \\

@@ -21,7 +21,7 @@ Examples:
 pub struct VersionsArgs {
     #[command(flatten)]
     store: StoreArgs,
-    /// A reader's or writer's key file.
+    /// The key file: reader.key or writer.key.
     #[arg(long, value_name = "FILE")]
     key: Option<PathBuf>,
     /// Only the newest N commits; 0 for all.
@@ -41,8 +41,8 @@ pub struct VersionsArgs {
 fn parse_time(text: &str) -> Result<Timestamp, String> {
     match parse_at(text)? {
         At::Time(time) => Ok(time),
-        At::Commit(_) => {
-            Err(format!("'{text}' is a number; a time has an offset, as 2025-01-31T12:00:00Z, or an @"))
+        At::Commit(_) | At::Newest => {
+            Err(format!("'{text}' is no time; one has an offset, as 2025-01-31T12:00:00Z, or an @"))
         }
     }
 }

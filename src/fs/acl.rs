@@ -147,6 +147,19 @@ impl Acl {
     }
 }
 
+/// A list in the form in which two that say the same are the same bytes; `None` for one that says no more than a mode.
+/// What is no list stays as it is.
+pub fn canonical(kind: AclKind, value: &[u8]) -> Option<Vec<u8>> {
+    let Some(mut acl) = Acl::parse(value) else { return Some(value.to_vec()) };
+    if kind == AclKind::Access && acl.is_minimal() {
+        return None;
+    }
+    // Who is not named has no number, and each system fills the place as it likes.
+    acl.0.iter_mut().filter(|entry| !entry.tag.is_named()).for_each(|entry| entry.id = u32::MAX);
+    acl.0.sort_by_key(|entry| (entry.tag, entry.id));
+    Some(acl.encode())
+}
+
 impl Fs {
     /// Sets a list, or with `None` removes it. `in_group` says whether who asks is in a group, or may act as if: if
     /// not in that of the file, its set-group-id bit goes, as with chmod(2). `EINVAL` if it is no list, `EACCES` for a

@@ -28,9 +28,9 @@ mod lookups;
 mod namespace;
 mod state;
 
-pub use acl::AclKind;
 #[cfg(feature = "fuzzing")]
 pub use acl::fuzz as fuzz_acl;
+pub use acl::{AclKind, canonical as canonical_acl};
 pub use checkpoint::{CheckpointOutcome, Checkpointer};
 pub use commit::{Committer, Shipping};
 pub use data::{Seek, Strip};

@@ -53,7 +53,13 @@ pub enum Error {
     },
     /// The store failed.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(StoreError),
+    /// There is no volume where one was looked for.
+    #[error("{store} holds no volume: there is no volume.json")]
+    NoVolume {
+        /// The store that was asked.
+        store: String,
+    },
     /// Another writer owns the chain from here; this one must not write any more.
     #[error("fenced: {detail}")]
     Fenced {
@@ -66,6 +72,16 @@ pub enum Error {
     /// The request cannot be met: not in the history, wrong role, wrong volume.
     #[error("{0}")]
     Refused(String),
+}
+
+impl From<StoreError> for Error {
+    /// What has an object's name and is none is damage: passed over, found and told of like any other.
+    fn from(error: StoreError) -> Error {
+        match error {
+            StoreError::NotAnObject { name, detail } => Error::Corrupt { object: name, detail },
+            error => Error::Store(error),
+        }
+    }
 }
 
 /// Result of the log and of everything that stands on it.

@@ -138,13 +138,7 @@ pub async fn load_superblock(store: &dyn Store, key: &KeyFile) -> crate::log::Re
     use crate::log::Error;
     let (bytes, size) = match store.get_suffix(volume::NAME, volume::LEN_MAX).await {
         Ok(found) => found,
-        Err(StoreError::NotFound { .. }) => {
-            return Err(Error::Refused(format!(
-                "{} holds no volume (volume.json is missing): check the address, or make a volume with `embassyfs \
-                 init`",
-                store.describe()
-            )));
-        }
+        Err(StoreError::NotFound { .. }) => return Err(without_superblock(store).await?),
         Err(e) => return Err(e.into()),
     };
     if size != bytes.len() as u64 {
@@ -152,6 +146,22 @@ pub async fn load_superblock(store: &dyn Store, key: &KeyFile) -> crate::log::Re
     }
     let superblock = UnverifiedSuperblock::parse(&bytes)?.verify(key)?;
     Ok((superblock, bytes))
+}
+
+/// What a store without volume.json is: a wrong address, unless something of a volume is there.
+async fn without_superblock(store: &dyn Store) -> crate::log::Result<crate::log::Error> {
+    use crate::log::Error;
+    for prefix in ["log/", "checkpoint/"] {
+        if let Some(object) = store.list(prefix, None, 1).await?.first() {
+            let detail = format!(
+                "is missing, though {} is there: the store has lost it. Every state directory with which the volume was \
+                 mounted holds a copy; put that back",
+                object.name
+            );
+            return Ok(Error::corrupt(volume::NAME, detail));
+        }
+    }
+    Ok(Error::NoVolume { store: store.describe() })
 }
 
 fn superblock(env: &Env, keys: &KeySet, params: &InitParams) -> Result<Superblock, SlotError> {

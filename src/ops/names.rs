@@ -4,7 +4,7 @@
 
 use crate::log::{Error, Result};
 use crate::tree::key::{self, KeyRef};
-use crate::tree::value::{Body, Entry, FileType, Inode};
+use crate::tree::value::{Body, Dirent, Entry, FileType, Inode};
 use crate::tree::{Levels, Value};
 use crate::types::{FramePtr, Ino};
 use std::collections::{HashMap, HashSet};
@@ -50,6 +50,18 @@ impl<'a> Names<'a> {
     pub fn inode(&self, ino: Ino) -> Result<Option<Inode>> {
         let value = fetching(self.fetch, || self.levels.get(&key::inode(ino)))?;
         value.map(|value| Inode::decode(&value)).transpose()
+    }
+
+    /// The inode that a plain path leads to, if it leads anywhere.
+    pub fn find(&self, path: &[u8]) -> Result<Option<Ino>> {
+        let mut at = Ino::ROOT;
+        for name in path.split(|b| *b == b'/').filter(|name| !name.is_empty()) {
+            match fetching(self.fetch, || self.levels.get(&key::dirent(at, name)))? {
+                Some(value) => at = Dirent::decode(&value)?.ino,
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(at))
     }
 
     /// The path of `name` in directory `dir`, without a slash at its beginning.

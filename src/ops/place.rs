@@ -181,10 +181,79 @@ impl Dir {
         checked(set).map(drop)
     }
 
+    /// The extended attributes of what has this name; none where there can be none.
+    pub fn xattrs(&self, name: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
+        let path = text(&[format!("/proc/self/fd/{}/", self.fd()).as_bytes(), name].concat())?;
+        // SAFETY: `path` ends with a zero, the place for the answer has the length that is said.
+        let names = grown(|out, len| unsafe { libc::llistxattr(path.as_ptr(), out.cast(), len) });
+        let names = match names {
+            Err(e) if e.raw_os_error() == Some(libc::ENOTSUP) => return Ok(Vec::new()),
+            names => names?,
+        };
+        let mut found = Vec::new();
+        for attribute in names.split(|b| *b == 0).filter(|name| !name.is_empty()) {
+            let asked = text(attribute)?;
+            // SAFETY: as above.
+            let value = grown(|out, len| unsafe { libc::lgetxattr(path.as_ptr(), asked.as_ptr(), out, len) });
+            match value {
+                Err(e) if e.raw_os_error() == Some(libc::ENODATA) => {} // gone since
+                value => found.push((attribute.to_vec(), value?)),
+            }
+        }
+        Ok(found)
+    }
+
+    /// Takes an extended attribute away, if it is there.
+    pub fn remove_xattr(&self, name: &[u8], attribute: &[u8]) -> Result<()> {
+        let path = text(&[format!("/proc/self/fd/{}/", self.fd()).as_bytes(), name].concat())?;
+        let attribute = text(attribute)?;
+        // SAFETY: both are strings that end with a zero; the last name of the path is not followed.
+        match checked(unsafe { libc::lremovexattr(path.as_ptr(), attribute.as_ptr()) }) {
+            Err(e) if e.raw_os_error() != Some(libc::ENODATA) => Err(e),
+            _ => Ok(()),
+        }
+    }
+
+    /// Opens a file for reading, without its time of access becoming another.
+    pub fn read(&self, name: &[u8]) -> Result<File> {
+        let name = text(name)?;
+        let flags = libc::O_RDONLY | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
+        let open = |flags| {
+            // SAFETY: `name` is a string that ends with a zero.
+            owned(unsafe { libc::openat(self.fd(), name.as_ptr(), flags) })
+        };
+        let opened = match open(flags | libc::O_NOATIME) {
+            Err(e) if e.raw_os_error() == Some(libc::EPERM) => open(flags), // another user's
+            opened => opened,
+        };
+        Ok(File::from(opened?))
+    }
+
     /// Waits until all that was written to this directory's file system is on its disk.
     pub fn sync_all(&self) -> Result<()> {
         // SAFETY: takes a descriptor that is open as long as `self`.
         checked(unsafe { libc::syncfs(self.fd()) }).map(drop)
+    }
+}
+
+/// What a call answers that is told where to put it, and says how much there is: asked again until the place is enough.
+fn grown(ask: impl Fn(*mut libc::c_void, usize) -> isize) -> Result<Vec<u8>> {
+    let mut out = vec![0; 4096];
+    loop {
+        match usize::try_from(ask(out.as_mut_ptr().cast(), out.len())) {
+            Ok(len) => {
+                out.truncate(len);
+                return Ok(out);
+            }
+            Err(_) => {
+                let e = Error::last_os_error();
+                // No attribute, and no list of their names, is longer than 64 KiB.
+                if e.raw_os_error() != Some(libc::ERANGE) || out.len() > 1 << 20 {
+                    return Err(e);
+                }
+                out = vec![0; out.len() * 4];
+            }
+        }
     }
 }
 

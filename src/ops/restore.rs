@@ -1,7 +1,9 @@
 //! Copying out of a volume into a directory: with owners, modes, times, attributes, links and holes.
 //! Invariant: a file has its name only when it is whole, has its attributes and is on the disk, so that a copy that was
-//! interrupted goes on where it was; what is there and differs stays unless it may be overwritten; nothing is written
-//! outside of the directory.
+//! interrupted goes on where it was; what was written is read back before; what is there and differs stays unless it may
+//! be overwritten; nothing is written outside of the directory.
+
+mod same;
 
 use super::names::shown;
 use super::place::Dir;
@@ -10,6 +12,7 @@ use crate::fs::{self, Attr};
 use crate::log;
 use crate::tree::value::{Body, FileType};
 use crate::types::Ino;
+use same::{Written, difference, is_counted, kernel_device, same_contents};
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
@@ -26,7 +29,7 @@ const PROBLEMS_MAX: usize = 1000;
 /// What was done.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Report {
-    /// Files copied now, and their bytes (holes count as nothing).
+    /// Files copied now and read back, and their bytes (holes count as nothing).
     pub files: u64,
     /// Bytes written.
     pub bytes: u64,
@@ -36,8 +39,11 @@ pub struct Report {
     pub others: u64,
     /// Further names of files.
     pub links: u64,
-    /// What was there already, as it is in the volume: not copied again.
+    /// What was there already, as it is in the volume: not copied again. Known by type, owner, mode, size, time of
+    /// modification, target and extended attributes.
     pub present: u64,
+    /// Files among them whose contents were compared, too.
+    pub compared: u64,
     /// What could not be restored, or not as it was: paths with the reason. At most a thousand.
     pub problems: Vec<(String, String)>,
     /// How many such there were.
@@ -53,6 +59,7 @@ impl Report {
         self.others += other.others;
         self.links += other.links;
         self.present += other.present;
+        self.compared += other.compared;
         self.problems.extend(other.problems);
         self.problems.truncate(PROBLEMS_MAX);
         self.problem_count += other.problem_count;
@@ -112,22 +119,39 @@ pub struct Restore<'a> {
     reader: Reader<'a>,
     dest: Dir,
     overwrite: bool,
+    compare: bool,
     report: Report,
-    /// Files that are whole under their temporary names, and wait for the disk.
+    /// Files that are whole under their temporary names, and wait for the disk; and further names, which wait for them.
     waiting: Vec<Waiting>,
     waiting_bytes: u64,
-    /// Where the first name of a file with several lies: the path of its directory, and the name.
-    first_names: HashMap<Ino, (Vec<u8>, Vec<u8>)>,
+    /// Where the first name of a file with several lies.
+    first_names: HashMap<Ino, FirstName>,
+    /// Inodes of which something waits.
     pending: HashSet<Ino>,
     /// Directories, which get their attributes at the end: path of the one they lie in, name, attributes.
     directories: Vec<(Vec<u8>, Vec<u8>, Attr)>,
     progress: &'a mut dyn FnMut(&Report),
 }
 
+/// The path of the directory it lies in, and the name.
+type FirstName = (Vec<u8>, Vec<u8>);
+
 struct Waiting {
     dir: Dir,
+    ino: Ino,
     part: Vec<u8>,
     name: Vec<u8>,
+    /// For messages.
+    path: Vec<u8>,
+    what: Made,
+}
+
+/// What waits for its name.
+enum Made {
+    File(Box<Written>),
+    Other,
+    /// A further name of what has this one by then.
+    Link(FirstName),
 }
 
 impl<'a> Restore<'a> {
@@ -142,6 +166,7 @@ impl<'a> Restore<'a> {
             reader,
             dest,
             overwrite,
+            compare: false,
             report: Report::default(),
             waiting: Vec::new(),
             waiting_bytes: 0,
@@ -150,6 +175,12 @@ impl<'a> Restore<'a> {
             directories: Vec::new(),
             progress,
         }
+    }
+
+    /// With `compare` the contents of what is there already are compared as well, which reads them on both sides.
+    pub fn comparing(mut self, compare: bool) -> Restore<'a> {
+        self.compare = compare;
+        self
     }
 
     /// Copies what lies at `path` (a plain one) under its last name; of the root, what it holds.
@@ -291,64 +322,99 @@ impl<'a> Restore<'a> {
         name: &[u8],
         attr: &Attr,
     ) -> std::result::Result<(), Trouble> {
-        let first = self.first_names.get(&attr.ino).cloned();
+        let path = join(parent, name);
+        let mut first = self.first_names.get(&attr.ino).cloned();
+        if first.is_none() && self.pending.contains(&attr.ino) {
+            // Asked for twice, and of one name: it may be this one that waits.
+            self.settle().map_err(Trouble::All)?;
+            first = self.first_names.get(&attr.ino).cloned();
+        }
         if let Some(there) = dir.stat(name)? {
-            if is_same(dir, name, attr, &there)? && self.is_same_link(first.as_ref(), &there)? {
+            let Some(what) = self.differs(dir, name, attr, &there, first.as_ref())? else {
                 self.report.present += 1;
-                self.first_names.entry(attr.ino).or_insert_with(|| (parent.to_vec(), name.to_vec()));
+                self.is_named(parent, name, attr);
                 return Ok(());
-            }
+            };
             if there.st_mode & libc::S_IFMT == libc::S_IFDIR {
                 return Err(Trouble::One("a directory has its name there".into()));
             }
             if !self.overwrite {
-                return Err(Trouble::One("is there already and differs; --overwrite replaces it".into()));
+                let why = format!("is there already and differs ({what}); --overwrite replaces it");
+                return Err(Trouble::One(why));
             }
         }
         let part = format!("{}{:x}{}", PART.0, attr.ino.0, PART.1).into_bytes();
-        dir.unlink(&part)?; // left by one that was interrupted
-        if let Some((first_parent, first_name)) = first {
-            if self.pending.contains(&attr.ino) {
-                self.settle().map_err(Trouble::All)?;
+        let what = match first {
+            // It may be the first name that waits under `part`.
+            Some(first) => Made::Link(first),
+            None => {
+                dir.unlink(&part)?; // left by one that was interrupted
+                let made = self.make(dir, &part, attr);
+                if made.is_err() {
+                    let _ = dir.unlink(&part); // what is wrong has been found already
+                }
+                made?
             }
-            dir.link(&self.dest.below(&first_parent)?, &first_name, &part)?;
-            dir.rename(&part, name)?;
-            self.report.links += 1;
-            return Ok(());
-        }
-        let made = self.make(dir, &part, attr);
-        if let Err(trouble) = made {
-            let _ = dir.unlink(&part); // what is wrong has been found already
-            return Err(trouble);
-        }
-        if attr.inode.nlink > 1 {
-            self.first_names.insert(attr.ino, (parent.to_vec(), name.to_vec()));
-            self.pending.insert(attr.ino);
-        }
-        self.waiting.push(Waiting { dir: dir.clone(), part, name: name.to_vec() });
+        };
+        self.is_named(parent, name, attr);
+        self.pending.insert(attr.ino);
+        let waiting = Waiting { dir: dir.clone(), ino: attr.ino, part, name: name.to_vec(), path, what };
+        self.waiting.push(waiting);
         if self.waiting.len() >= BATCH_FILES || self.waiting_bytes >= BATCH_BYTES {
             self.settle().map_err(Trouble::All)?;
         }
         Ok(())
     }
 
+    /// Its further names, if it has some, are links to this one.
+    fn is_named(&mut self, parent: &[u8], name: &[u8], attr: &Attr) {
+        if attr.inode.nlink > 1 {
+            self.first_names.entry(attr.ino).or_insert_with(|| (parent.to_vec(), name.to_vec()));
+        }
+    }
+
+    /// In what the thing there differs from the one of the volume; `None`: in nothing.
+    fn differs(
+        &mut self,
+        dir: &Dir,
+        name: &[u8],
+        attr: &Attr,
+        there: &libc::stat,
+        first: Option<&FirstName>,
+    ) -> std::result::Result<Option<&'static str>, Trouble> {
+        let xattrs = self.reader.xattrs(attr.ino)?;
+        if let Some(what) = difference(dir, name, attr, there, &xattrs)? {
+            return Ok(Some(what));
+        }
+        if !self.is_same_link(first, there)? {
+            return Ok(Some("is another file than its other name"));
+        }
+        // Under its first name it was compared already.
+        if self.compare && first.is_none() && attr.inode.kind() == FileType::Regular {
+            if !same_contents(self.reader, &dir.read(name)?, attr)? {
+                return Ok(Some("contents"));
+            }
+            self.report.compared += 1;
+        }
+        Ok(None)
+    }
+
     /// Whether what is there is the same file as its first name, if it has one.
-    fn is_same_link(&self, first: Option<&(Vec<u8>, Vec<u8>)>, there: &libc::stat) -> io::Result<bool> {
+    fn is_same_link(&self, first: Option<&FirstName>, there: &libc::stat) -> io::Result<bool> {
         let Some((parent, name)) = first else { return Ok(true) };
         let other = self.dest.below(parent)?.stat(name)?;
         Ok(other.is_some_and(|other| (other.st_dev, other.st_ino) == (there.st_dev, there.st_ino)))
     }
 
     /// Makes it under a temporary name, with its attributes.
-    fn make(&mut self, dir: &Dir, part: &[u8], attr: &Attr) -> std::result::Result<(), Trouble> {
+    fn make(&mut self, dir: &Dir, part: &[u8], attr: &Attr) -> std::result::Result<Made, Trouble> {
         let xattrs = self.reader.xattrs(attr.ino)?;
+        let mut made = Made::Other;
         match &attr.inode.body {
             Body::Regular => {
-                let file = dir.create(part)?;
-                let written = self.contents(&file, attr)?;
-                self.report.files += 1;
-                self.report.bytes += written;
-                self.waiting_bytes += written;
+                let written = self.contents(&dir.create(part)?, attr)?;
+                self.waiting_bytes += written.bytes;
+                made = Made::File(Box::new(written));
             }
             Body::Symlink { target } => dir.symlink(target, part)?,
             body => {
@@ -362,21 +428,19 @@ impl<'a> Restore<'a> {
                 dir.mknod(part, kind | 0o600, kernel_device(rdev))?;
             }
         }
-        if attr.inode.kind() != FileType::Regular {
-            self.report.others += 1;
-        }
-        self.attributes(dir, part, attr, &xattrs)
+        self.attributes(dir, part, attr, &xattrs)?;
+        Ok(made)
     }
 
-    fn contents(&self, file: &File, attr: &Attr) -> std::result::Result<u64, Trouble> {
-        let (mut written, mut failed) = (0, None);
+    fn contents(&self, file: &File, attr: &Attr) -> std::result::Result<Written, Trouble> {
+        let (mut written, mut failed) = (Written::default(), None);
         let copied = self.reader.data(attr, &mut |at, bytes| {
             file.write_all_at(bytes, at).map_err(|e| {
                 let errno = e.raw_os_error().unwrap_or(libc::EIO);
                 failed = Some(e);
                 fs::Error::Os(errno)
             })?;
-            written += bytes.len() as u64;
+            written.note(at, bytes);
             Ok(())
         });
         if let Some(e) = failed {
@@ -384,10 +448,8 @@ impl<'a> Restore<'a> {
         }
         copied?;
         file.set_len(attr.inode.size)?;
-        match file.metadata()?.len() == attr.inode.size {
-            true => Ok(written),
-            false => Err(Trouble::One("the copy has another size".into())),
-        }
+        written.ends(attr.inode.size);
+        Ok(written)
     }
 
     /// Owner first, for it takes set-id bits and capabilities away; times last.
@@ -407,6 +469,13 @@ impl<'a> Restore<'a> {
         if there.is_some_and(|there| (there.st_uid, there.st_gid) != (inode.uid, inode.gid)) {
             let owner = format!("owner {}:{}", inode.uid, inode.gid);
             dir.chown(name, inode.uid, inode.gid).map_err(|e| what(&owner, e))?;
+        }
+        // What a directory hands down to what is made in it, or what was there before.
+        for (attribute, _) in dir.xattrs(name)? {
+            if is_counted(&attribute) && !xattrs.iter().any(|(name, _)| *name == attribute) {
+                let named = format!("attribute {}", shown(&attribute));
+                dir.remove_xattr(name, &attribute).map_err(|e| what(&named, e))?;
+            }
         }
         if inode.kind() != FileType::Symlink {
             dir.chmod(name, inode.mode).map_err(|e| what("mode", e))?;
@@ -429,48 +498,55 @@ impl<'a> Restore<'a> {
             return Ok(());
         }
         self.sync()?;
-        for Waiting { dir, part, name } in std::mem::take(&mut self.waiting) {
-            if let Err(e) = dir.rename(&part, &name) {
-                self.problem(&name, e.to_string());
-            }
-        }
         self.waiting_bytes = 0;
         self.pending.clear();
+        for Waiting { dir, ino, part, name, path, what } in std::mem::take(&mut self.waiting) {
+            let is_first = !matches!(what, Made::Link(_));
+            let done = self.name(&dir, &part, &name, what);
+            if done.is_err() {
+                let _ = dir.unlink(&part); // what is wrong has been found already
+                if is_first {
+                    self.first_names.remove(&ino);
+                }
+            }
+            self.told(&path, done)?;
+        }
         Ok(())
     }
-}
 
-/// Whether what is there is what would be made: then an earlier copy has finished it.
-fn is_same(dir: &Dir, name: &[u8], attr: &Attr, there: &libc::stat) -> io::Result<bool> {
-    let inode = &attr.inode;
-    let kind = match inode.kind() {
-        FileType::Regular => libc::S_IFREG,
-        FileType::Directory => libc::S_IFDIR,
-        FileType::Symlink => libc::S_IFLNK,
-        FileType::Fifo => libc::S_IFIFO,
-        FileType::Socket => libc::S_IFSOCK,
-        FileType::CharDevice => libc::S_IFCHR,
-        FileType::BlockDevice => libc::S_IFBLK,
-    };
-    if there.st_mode & libc::S_IFMT != kind || (there.st_uid, there.st_gid) != (inode.uid, inode.gid) {
-        return Ok(false);
-    }
-    Ok(match &inode.body {
-        Body::Symlink { target } => dir.readlink(name)? == *target,
-        Body::CharDevice(rdev) | Body::BlockDevice(rdev) => there.st_rdev == kernel_device(*rdev),
-        _ => {
-            let time =
-                (there.st_mtime, there.st_mtime_nsec) == (inode.mtime.secs, i64::from(inode.mtime.nanos));
-            let size = inode.kind() != FileType::Regular || there.st_size.cast_unsigned() == inode.size;
-            time && size && there.st_mode & 0o7777 == inode.mode
+    /// Gives one its name, after what was written has been read back.
+    fn name(&mut self, dir: &Dir, part: &[u8], name: &[u8], what: Made) -> std::result::Result<(), Trouble> {
+        match what {
+            Made::File(written) => {
+                let bytes = written.bytes;
+                if !written.is_in(&dir.read(part)?)? {
+                    let why = "read back it is not what was written: the disk there is not to be trusted";
+                    return Err(Trouble::One(why.into()));
+                }
+                dir.rename(part, name)?;
+                self.report.files += 1;
+                self.report.bytes += bytes;
+            }
+            Made::Other => {
+                dir.rename(part, name)?;
+                self.report.others += 1;
+            }
+            Made::Link((parent, first)) => {
+                let there = self.dest.below(&parent)?;
+                if there.stat(&first)?.is_none() {
+                    let first = shown(&join(&parent, &first));
+                    return Err(Trouble::One(format!(
+                        "is another name of {first}, which could not be restored"
+                    )));
+                }
+                dir.unlink(part)?; // left by one that was interrupted
+                dir.link(&there, &first, part)?;
+                dir.rename(part, name)?;
+                self.report.links += 1;
+            }
         }
-    })
-}
-
-/// The number of a device as the system's calls have it, from how FUSE has it: 12 bits major, 20 bits minor.
-fn kernel_device(rdev: u32) -> u64 {
-    let (major, minor) = ((rdev >> 8) & 0xfff, (rdev & 0xff) | ((rdev >> 12) & 0xfff00));
-    libc::makedev(major, minor)
+        Ok(())
+    }
 }
 
 fn join(parent: &[u8], name: &[u8]) -> Vec<u8> {

@@ -102,7 +102,7 @@ pub fn check(
                     Error::Missing(ptrs) => match fetch(&ptrs) {
                         Ok(()) => continue,
                         // Of several pages that were asked for together the next one may be whole.
-                        Err(e @ Error::Corrupt { .. }) => match fetch(&ptrs[..1]) {
+                        Err(e) if is_damage(&e) => match fetch(&ptrs[..1]) {
                             Ok(()) => continue,
                             Err(_) => e,
                         },
@@ -140,6 +140,12 @@ pub fn check(
     }
     check.name_files(levels, fetch);
     Ok(check.out)
+}
+
+/// Says something of the volume, not of the way to its store. A segment that is gone takes only its own pages along.
+fn is_damage(error: &Error) -> bool {
+    use crate::store::StoreError::{NotFound, OutOfRange};
+    matches!(error, Error::Corrupt { .. } | Error::Store(NotFound { .. } | OutOfRange { .. }))
 }
 
 impl Check<'_> {

@@ -169,13 +169,13 @@ async fn checkpoints(
     let opens = place.key.volume_key.is_some();
     let mut answers = futures::stream::iter(names)
         .map(|name| async move {
-            let got = place.store.get_suffix(&name, CHECKPOINT_MAX).await;
+            let got = place.store.get_suffix(&name, CHECKPOINT_MAX).await.map_err(Error::from);
             (name, got)
         })
         .buffered(CHECKPOINTS_AT_ONCE);
     while let Some((name, got)) = answers.next().await {
         audit.checkpoints += 1;
-        let looked = got.map_err(Error::Store).and_then(|(bytes, _)| {
+        let looked = got.and_then(|(bytes, _)| {
             let header = checkpoint::verify(&bytes, &name, ctx.id, &ctx.writer_public)?;
             if header.key_id != ctx.key_id {
                 return Err(Error::corrupt(&name, format!("sealed under key {}", header.key_id)));
@@ -269,8 +269,15 @@ fn tree(
         }
     };
     let mut show = |checked: &Checked| progress("tree", checked.inodes, view.counters.inodes);
-    let checked =
-        views.with(view, |levels| treecheck::check(levels, view.counters, &fetch, &mut frame, &mut show))?;
+    let checked = match views
+        .with(view, |levels| treecheck::check(levels, view.counters, &fetch, &mut frame, &mut show))
+    {
+        Ok(checked) => checked,
+        Err(e) => {
+            audit.findings.push(Finding::from_error(e, "the newest version")?);
+            return Ok(());
+        }
+    };
     (audit.inodes, audit.keys, audit.extents) = (checked.inodes, checked.keys, checked.extents);
     audit.findings.extend(checked.findings);
     Ok(())

@@ -3,6 +3,7 @@
 //! linked (link(2) fails if the name is taken, also between hosts on one share), then its directory is synced.
 //! Nothing is answered from, and nothing put into, what shows under the directory's path while its share is away.
 
+use super::entry::{self, Entry};
 use super::{ObjectInfo, Store, StoreError, check_name, check_range, direct, unreadable};
 use crate::disk::FileRef;
 use bytes::Bytes;
@@ -12,7 +13,7 @@ use std::collections::{BinaryHeap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -142,12 +143,19 @@ fn refused(name: &str, path: &Path, error: &io::Error) -> StoreError {
     let detail = format!("{}: {error}", path.display());
     match error.kind() {
         ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => StoreError::denied(name, detail),
+        // A link that leads to itself does so the next time, too.
+        _ if error.raw_os_error() == Some(libc::ELOOP) => StoreError::denied(name, detail),
         _ => StoreError::unavailable(name, detail),
     }
 }
 
+fn no_object(name: &str, path: &Path, what: &str) -> StoreError {
+    let detail = format!("{} is {what}, where the object's file must be", path.display());
+    StoreError::not_an_object(name, detail)
+}
+
 fn sync_dir(path: &Path) -> io::Result<()> {
-    File::open(path)?.sync_all()
+    File::options().read(true).custom_flags(libc::O_DIRECTORY).open(path)?.sync_all()
 }
 
 impl Shared {
@@ -176,7 +184,11 @@ impl Shared {
         if known.as_ref().is_some_and(|known| known.id == id) {
             return Ok(());
         }
-        let superblock = self.superblock().map_err(|e| refused(name, &self.root, &e))?;
+        let superblock = match self.superblock() {
+            // Who only reads is told so when it asks for volume.json.
+            Err(StoreError::NotAnObject { .. }) if access == Access::Read && known.is_none() => return Ok(()),
+            superblock => superblock?,
+        };
         match &known {
             Some(known) if superblock.is_none() || known.superblock != superblock => {
                 return Err(self.away(name, "is another directory than before"));
@@ -194,13 +206,16 @@ impl Shared {
         Ok(())
     }
 
-    fn superblock(&self) -> io::Result<Option<Vec<u8>>> {
-        let file = match File::open(self.root.join(SUPERBLOCK)) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            file => file?,
+    fn superblock(&self) -> Result<Option<Vec<u8>>, StoreError> {
+        let path = self.root.join(SUPERBLOCK);
+        let failed = |e: io::Error| refused(SUPERBLOCK, &path, &e);
+        let file = match entry::open(&path).map_err(failed)? {
+            Entry::File(file, _) => file,
+            Entry::Nothing => return Ok(None),
+            Entry::Other(what) => return Err(no_object(SUPERBLOCK, &path, what)),
         };
         let mut superblock = Vec::new();
-        file.take(SUPERBLOCK_LEN_MAX).read_to_end(&mut superblock)?;
+        file.take(SUPERBLOCK_LEN_MAX).read_to_end(&mut superblock).map_err(failed)?;
         Ok(Some(superblock))
     }
 
@@ -263,6 +278,9 @@ impl Shared {
             self.make_root(&self.root).map_err(|e| refused(name, &self.root, &e))?;
         }
         self.make_dir(dir).map_err(|e| refused(name, dir, &e))?;
+        if let Some(what) = entry::other(&path).map_err(|e| refused(name, &path, &e))? {
+            return Err(no_object(name, &path, what));
+        }
         if path.exists() {
             return self.taken(name, dir);
         }
@@ -338,14 +356,10 @@ impl Shared {
 
     fn open(&self, name: &str) -> Result<(File, u64, PathBuf), StoreError> {
         let path = self.path(name)?;
-        let opened = File::open(&path).and_then(|file| file.metadata().map(|meta| (file, meta)));
-        match opened {
-            Ok((file, meta)) if meta.is_file() => Ok((file, meta.len(), path)),
-            Ok(_) => Err(StoreError::not_found(name)),
-            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
-                Err(StoreError::not_found(name))
-            }
-            Err(error) => Err(refused(name, &path, &error)),
+        match entry::open(&path).map_err(|e| refused(name, &path, &e))? {
+            Entry::File(file, size) => Ok((file, size, path)),
+            Entry::Nothing => Err(StoreError::not_found(name)),
+            Entry::Other(what) => Err(no_object(name, &path, what)),
         }
     }
 
@@ -366,10 +380,11 @@ impl Shared {
             let names = self.names(prefix, after, limit).map_err(|e| refused(prefix, &self.root, &e))?;
             let mut found = Vec::with_capacity(names.len());
             for name in names {
-                match fs::metadata(self.root.join(&name)) {
-                    Ok(meta) => found.push(ObjectInfo { name, size: meta.len() }),
+                // What is no file is listed all the same: who asks for it is told what it is.
+                match entry::size(&self.root.join(&name)) {
+                    Ok(Some(size)) => found.push(ObjectInfo { name, size }),
                     // Deleted meanwhile: look again, for a short answer would say that there are no more.
-                    Err(error) if error.kind() == ErrorKind::NotFound => continue 'scan,
+                    Ok(None) => continue 'scan,
                     Err(error) => return Err(refused(&name, &self.root, &error)),
                 }
             }
@@ -501,6 +516,63 @@ mod tests {
         assert!(matches!(store.get_suffix("volume.json", 1).await, Err(StoreError::NotFound { .. })));
         store.put_new("volume.json", Bytes::from_static(b"{}")).await.unwrap();
         assert_eq!(store.get_suffix("volume.json", 1).await.unwrap(), (Bytes::from_static(b"}"), 2));
+    }
+
+    #[tokio::test]
+    async fn what_is_no_file_is_told_of_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        fs::create_dir(&log).unwrap();
+        fs::write(dir.path().join("volume.json"), "{}").unwrap();
+        let pipe = log.join("0000000000000001");
+        let name = std::ffi::CString::new(pipe.to_str().unwrap()).unwrap();
+        // SAFETY: `name` is a string that ends with a zero.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        std::os::unix::fs::symlink("0000000000000002", log.join("0000000000000002")).unwrap();
+        std::os::unix::fs::symlink("nowhere", log.join("0000000000000003")).unwrap();
+        let socket = std::os::unix::net::UnixListener::bind(log.join("0000000000000004")).unwrap();
+        std::os::unix::fs::symlink("/dev/null", log.join("0000000000000005")).unwrap();
+        std::os::unix::fs::symlink("..", log.join("0000000000000006")).unwrap();
+        fs::create_dir(log.join("0000000000000007")).unwrap();
+
+        let store = LocalStore::new(dir.path());
+        let asked = async {
+            let listed = store.list("log/", None, 99).await.unwrap();
+            assert_eq!(listed.len(), 6, "all but the directory are listed: {listed:?}");
+            for (n, what) in
+                [(1, "a pipe"), (2, "to itself"), (3, "nowhere"), (4, "a socket"), (5, "a device")]
+            {
+                let name = format!("log/{n:016}");
+                for error in [
+                    store.get_suffix(&name, 9).await.unwrap_err(),
+                    store.get_range(&name, 0..1).await.unwrap_err(),
+                    store.put_new(&name, Bytes::from_static(b"x")).await.unwrap_err(),
+                ] {
+                    let text = error.to_string();
+                    assert!(
+                        text.starts_with(&name) && text.contains(what) && !error.is_transient(),
+                        "{text}"
+                    );
+                }
+            }
+            for n in [6, 7] {
+                let answer = store.get_suffix(&format!("log/{n:016}"), 9).await;
+                assert!(matches!(answer, Err(StoreError::NotFound { .. })), "{answer:?}");
+            }
+            // The directory is known by its superblock.
+            fs::remove_file(dir.path().join("volume.json")).unwrap();
+            fs::rename(&pipe, dir.path().join("volume.json")).unwrap();
+            let store = LocalStore::new(dir.path());
+            assert_eq!(store.list("log/", None, 9).await.unwrap().len(), 5);
+            for error in [
+                store.get_suffix("volume.json", 9).await.unwrap_err(),
+                store.put_new(SEGMENT, Bytes::from_static(b"x")).await.unwrap_err(),
+            ] {
+                assert!(error.to_string().contains("volume.json is a pipe"), "{error}");
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), asked).await.expect("nothing waits");
+        drop(socket);
     }
 
     const SEGMENT: &str = "log/0000000000000001";

@@ -4,6 +4,7 @@
 pub mod counted;
 mod credentials;
 mod direct;
+mod entry;
 pub mod fault;
 pub mod local;
 pub mod memory;
@@ -42,6 +43,14 @@ pub enum StoreError {
         /// Object name.
         name: String,
     },
+    /// Something has this name that is no object (a pipe in a directory store, a link that leads nowhere).
+    #[error("{name}: {detail}")]
+    NotAnObject {
+        /// Object name.
+        name: String,
+        /// What it is instead, and where.
+        detail: String,
+    },
     /// Refused for good (credentials, permission, a full bucket, bad configuration): retrying does not help until
     /// somebody changes something.
     #[error("{name}: refused: {detail}")]
@@ -79,6 +88,11 @@ impl StoreError {
     /// A [`StoreError::AlreadyExists`] about `name`.
     pub fn already_exists(name: &str) -> StoreError {
         StoreError::AlreadyExists { name: name.to_owned() }
+    }
+
+    /// A [`StoreError::NotAnObject`] about `name`.
+    pub fn not_an_object(name: &str, detail: impl ToString) -> StoreError {
+        StoreError::NotAnObject { name: name.to_owned(), detail: detail.to_string() }
     }
 
     /// A [`StoreError::Denied`] about `name`.

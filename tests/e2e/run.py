@@ -35,6 +35,7 @@ CASES = {
     "no_plaintext": (180, [None]),
     "at_version": (180, [None]),
     "audit": (180, [None]),
+    "restore": (180, [None]),
     "receipt": (120, [None]),
     "drill": (180, [None]),
     "tamper": (600, ["store", "local"]),

@@ -305,6 +305,9 @@ fn an_empty_store_and_an_oversized_superblock_are_told_apart() {
     let key = KeySet::generate(&Env::system(), "land").reader;
     let message = block_on(load_superblock(&store, &key)).unwrap_err().to_string();
     assert!(message.contains("memory://test holds no volume"), "{message}");
+    store.set("checkpoint/ffffffffffffffff", b"x");
+    let message = block_on(load_superblock(&store, &key)).unwrap_err().to_string();
+    assert!(message.contains("though checkpoint/ffffffffffffffff is there"), "{message}");
     store.set("volume.json", &vec![b' '; volume::LEN_MAX as usize + 1]);
     let message = block_on(load_superblock(&store, &key)).unwrap_err().to_string();
     assert!(message.contains("volume.json: is too large"), "{message}");
