@@ -186,7 +186,9 @@ pub fn command() -> clap::Command {
 
 /// Runs the command that `args` (the program's name first) ask for.
 pub fn run(args: Vec<OsString>) -> ExitCode {
-    match dispatch(args) {
+    let outcome = dispatch(args);
+    signals::wait_if_ending();
+    match outcome {
         Ok(code) => code,
         Err(failure) => {
             print_error(&failure.to_string());

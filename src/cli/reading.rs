@@ -49,20 +49,30 @@ enum State {
 impl Drop for State {
     fn drop(&mut self) {
         if let State::Temporary(path) = self {
-            remove(path);
+            let _ = std::fs::remove_dir_all(path); // copies of what is in the store
         }
     }
 }
 
-/// Takes a temporary state directory away: it holds copies of what is in the store.
-fn remove(path: &Path) {
-    // Whoever still writes into it is faster once or twice, not always.
+/// Takes a temporary state directory away from threads that are at work with it: they must not make it anew.
+fn remove_for_good(path: &Path) {
+    let aside = path.with_extension("gone");
     for _ in 0..100 {
-        match std::fs::remove_dir_all(path) {
-            Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty => {}
-            _ => return,
+        let _ = std::fs::rename(path, &aside); // it may not be there yet
+        let _ = std::fs::remove_dir_all(&aside);
+        if std::fs::File::create_new(path).is_ok() {
+            break; // where a file is no directory is made
         }
     }
+    // Who holds a directory open may put something into it while it is emptied.
+    for _ in 0..1000 {
+        match std::fs::remove_dir_all(&aside) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {}
+            _ if aside.exists() => {}
+            _ => break,
+        }
+    }
+    let _ = std::fs::remove_file(path);
 }
 
 impl ReadArgs {
@@ -86,7 +96,7 @@ impl ReadArgs {
         };
         let end = move |signal| {
             if let Some(path) = &temporary {
-                remove(path);
+                remove_for_good(path);
             }
             print_error(&format!("ended by {signal}; {way_out}"));
         };

@@ -39,11 +39,12 @@ const SHOWN: usize = 20;
 /// same version.
 #[derive(clap::Args)]
 #[command(after_help = "\
-What is in DEST already is known to be finished by its type, owner, mode, size, time of modification, extended attributes
-and access list: a file that was damaged behind these is not seen without --verify, which reads it and compares every
-byte. What differs is left as it is, and told of, unless --overwrite is given. Directories that are there are filled and
-take the volume's attributes. No symbolic link in DEST is followed. As another user than root, owners and
-devices are told of as not restored.
+What is in DEST already is known to be finished by its type, owner, mode, size, time of
+modification, extended attributes and access list. A file that was damaged behind these is not
+seen without --verify, which reads it and compares every byte. What differs is left as it is, and
+told of, unless --overwrite is given. Directories that are there are filled and take the volume's
+attributes. No symbolic link in DEST is followed. As another user than root, owners and devices
+are told of as not restored.
 
 Exit codes:
   0  all is restored                     1  something is not; each is named, the rest is restored

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// A set of the signals that ask us to stop.
@@ -75,6 +76,17 @@ fn ending_signals() -> libc::sigset_t {
     set
 }
 
+/// A signal is ending the process.
+static ENDING: AtomicBool = AtomicBool::new(false);
+
+/// Returns only while no signal is ending the process (see [`before_end`]): what the command says otherwise is that
+/// something was taken away from it.
+pub fn wait_if_ending() {
+    while ENDING.load(Ordering::SeqCst) {
+        std::thread::park();
+    }
+}
+
 /// From now on a signal that ends this process runs `before` first. For commands, and called before their first other
 /// thread starts; where stop signals are blocked already somebody else takes them, and nothing is done.
 pub fn before_end(before: impl FnOnce(&'static str) + Send + 'static) -> io::Result<()> {
@@ -95,6 +107,7 @@ pub fn before_end(before: impl FnOnce(&'static str) + Send + 'static) -> io::Res
         if unsafe { libc::sigwait(&set, &mut signal) } != 0 {
             return;
         }
+        ENDING.store(true, Ordering::SeqCst);
         before(match signal {
             libc::SIGINT => "SIGINT",
             libc::SIGHUP => "SIGHUP",

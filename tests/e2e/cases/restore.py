@@ -220,9 +220,13 @@ def lost(directory, volume):
     copy, other = copy_of(directory, volume)
     for name in ("zzz", "0" * 16, "f" * 16, "fffffffffffffff0"):
         (copy / "checkpoint" / name).write_bytes(os.urandom(700))
+    os.mkfifo(copy / "checkpoint" / "fffffffffffffff1")
+    (copy / "checkpoint" / "fffffffffffffff2").symlink_to("nowhere")
     said = ask(other, "verify", "--full", "--json", code=FOUND)
     found = json.loads(said)
     check(found["inodes"] > 3000, "junk among the checkpoints keeps verify from no part of the tree", str(found["inodes"]))
+    check(len(found["findings"]) == 6, "and all of it is told of", str(found["findings"]))
+    other.embassy("beside-junk").umount()
 
     for kind in ("pipe", "loop", "dangling", "directory", "device", "socket"):
         for name in (log[1], log[-1], names[0], "volume.json"):
