@@ -54,8 +54,9 @@ impl Drop for State {
     }
 }
 
-/// Takes a temporary state directory away from threads that are at work with it: they must not make it anew.
-fn remove_for_good(path: &Path) {
+/// Takes a temporary state directory away from threads that are at work with it: they must not make it anew, so that an
+/// empty file has its name afterwards.
+fn take_away(path: &Path) {
     let aside = path.with_extension("gone");
     for _ in 0..100 {
         let _ = std::fs::rename(path, &aside); // it may not be there yet
@@ -72,7 +73,6 @@ fn remove_for_good(path: &Path) {
             _ => break,
         }
     }
-    let _ = std::fs::remove_file(path);
 }
 
 impl ReadArgs {
@@ -95,10 +95,11 @@ impl ReadArgs {
             State::Temporary(path) => Some(path.clone()),
         };
         let end = move |signal| {
-            if let Some(path) = &temporary {
-                remove_for_good(path);
-            }
             print_error(&format!("ended by {signal}; {way_out}"));
+            if let Some(path) = &temporary {
+                take_away(path);
+            }
+            move || temporary.iter().for_each(|path| drop(std::fs::remove_file(path)))
         };
         signals::before_end(end)
             .map_err(|e| Failure::from_error(ExitCode::Failed, "watching for signals", &e))?;

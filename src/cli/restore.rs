@@ -4,7 +4,7 @@ use super::exit::{ExitCode, Failure, Outcome};
 use super::options::{At, parse_past};
 use super::progress::Counting;
 use super::reading::{ReadArgs, Reading};
-use super::{print, print_error, print_json, seam};
+use super::{print, print_error, print_json, seam, signals};
 use crate::crypto::keyfile::Role;
 use crate::fs::{Error, Settings};
 use crate::ops::names::plain_path;
@@ -166,7 +166,10 @@ fn copy(
     let fetch = |ptrs: &[crate::types::FramePtr]| reading.runtime.block_on(volume.fetch(ptrs));
     let reader = Reader { fs: &volume.fs, fetch: &fetch };
     let mut bar = Counting::new("restoring");
-    let mut show = |report: &Report| bar.show(report.files + report.present, report.bytes);
+    let mut show = |report: &Report| {
+        signals::wait_if_ending();
+        bar.show(report.files + report.present, report.bytes);
+    };
     let mut restore = Restore::new(reader, dir, args.overwrite, &mut show).comparing(args.verify);
     let done = sources.iter().try_for_each(|path| restore.copy(path)).and_then(|()| restore.finish());
     bar.finish();

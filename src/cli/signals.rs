@@ -76,20 +76,27 @@ fn ending_signals() -> libc::sigset_t {
     set
 }
 
-/// A signal is ending the process.
+/// A signal is ending the process; the command's own thread does nothing any more.
 static ENDING: AtomicBool = AtomicBool::new(false);
+static STILL: AtomicBool = AtomicBool::new(false);
+/// The command's own thread is waited for so many milliseconds.
+const STILL_WAIT: u32 = 500;
 
-/// Returns only while no signal is ending the process (see [`before_end`]): what the command says otherwise is that
-/// something was taken away from it.
+/// Returns only while no signal is ending the process (see [`before_end`]). For the command's own thread: now and then,
+/// and before it says how it ended, for that would be that something was taken away from it.
 pub fn wait_if_ending() {
     while ENDING.load(Ordering::SeqCst) {
+        STILL.store(true, Ordering::SeqCst);
         std::thread::park();
     }
 }
 
-/// From now on a signal that ends this process runs `before` first. For commands, and called before their first other
+/// From now on a signal that ends this process runs `before` first, and what that returns last, when as little as can be
+/// is at work besides. For commands, and called before their first other
 /// thread starts; where stop signals are blocked already somebody else takes them, and nothing is done.
-pub fn before_end(before: impl FnOnce(&'static str) + Send + 'static) -> io::Result<()> {
+pub fn before_end<Last: FnOnce()>(
+    before: impl FnOnce(&'static str) -> Last + Send + 'static,
+) -> io::Result<()> {
     let set = ending_signals();
     let mut blocked = MaybeUninit::uninit();
     // SAFETY: no set is given, `blocked` is a valid place for the one in force, and is read after it was given.
@@ -108,11 +115,18 @@ pub fn before_end(before: impl FnOnce(&'static str) + Send + 'static) -> io::Res
             return;
         }
         ENDING.store(true, Ordering::SeqCst);
-        before(match signal {
+        let last = before(match signal {
             libc::SIGINT => "SIGINT",
             libc::SIGHUP => "SIGHUP",
             _ => "SIGTERM",
         });
+        for _ in 0..STILL_WAIT {
+            if STILL.load(Ordering::SeqCst) {
+                break;
+            }
+            std::thread::park_timeout(Duration::from_millis(1));
+        }
+        last();
         // As if nobody had waited for it: whoever started us sees by what we ended.
         // SAFETY: a signal with its default effect, sent to this very thread, which lets it through.
         unsafe {

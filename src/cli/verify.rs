@@ -4,7 +4,7 @@ use super::exit::{ExitCode, Outcome};
 use super::options::parse_duration;
 use super::progress::Counting;
 use super::reading::ReadArgs;
-use super::{print, print_error, print_json, seam};
+use super::{print, print_error, print_json, seam, signals};
 use crate::crypto::keyfile::Role;
 use crate::ops::names::shown;
 use crate::ops::status::{bytes, seconds};
@@ -57,7 +57,10 @@ pub fn run(args: VerifyArgs) -> Outcome {
     let depth = Depth { full: args.full, max_age: args.max_age };
     let io = Io::on(reading.runtime.handle());
     let mut bar = Counting::new("verifying");
-    let mut show = |what: &'static str, done: u64, of: u64| bar.part(what, done, of);
+    let mut show = |what: &'static str, done: u64, of: u64| {
+        signals::wait_if_ending();
+        bar.part(what, done, of);
+    };
     let found = audit::run(&reading.place, reading.state(), depth, &io, &mut show);
     bar.finish();
     let found = found.map_err(|e| seam::failure(&e))?;
