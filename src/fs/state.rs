@@ -428,22 +428,70 @@ impl Tx<'_> {
     }
 }
 
-/// Folds small levels into larger ones, those that `may` be, so that a lookup passes few of them. Only one thread changes
-/// the levels of a file system: the committer, or the follower.
+/// Folds small levels into larger ones, those that `may` be, so that a lookup passes few of them: behind it each is less
+/// than half as heavy as the next. All pairs are looked at, not only the newest: a commit leaves two levels, its changes
+/// and, above them, a light one of extents. Only one thread changes the levels of a file system: the committer, or the
+/// follower; what a checkpoint takes away lies below all that may be folded.
 pub(super) fn fold_levels(state: &Mutex<State>, may: impl Fn(&Level, &Level) -> bool) {
     loop {
-        let (upper, lower) = {
+        let (at, upper, lower) = {
             let state = state.lock();
-            match state.levels.as_slice() {
-                [a, b, ..] if a.weight * 2 >= b.weight && may(a, b) => (a.clone(), b.clone()),
-                _ => return,
+            let heavy = |pair: &[Level]| pair[0].weight * 2 >= pair[1].weight && may(&pair[0], &pair[1]);
+            match state.levels.windows(2).position(heavy) {
+                Some(at) => (at, state.levels[at].clone(), state.levels[at + 1].clone()),
+                None => return,
             }
         };
         let mut delta = Delta::clone(&lower.delta);
         delta.extend(upper.delta.iter().map(|(k, v)| (k.clone(), v.clone())));
         let weight = delta.iter().map(|(k, v)| weight(k, v)).sum();
         let level = Level { delta: Arc::new(delta), weight, frozen: false, upto: upper.upto };
-        let old: Vec<Level> = state.lock().levels.splice(0..2, [level]).collect();
+        let old: Vec<Level> = state.lock().levels.splice(at..at + 2, [level]).collect();
         drop(old); // outside the lock
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_stay_few_whatever_their_weights_and_the_newest_value_wins() {
+        let recovery = Recovery {
+            tree: crate::tree::Tree { root: None },
+            replayed: Delta::new(),
+            last_commit: CommitNo(0),
+            next_ino: 2,
+            live_bytes: 0,
+            inodes: 0,
+            orphans: Vec::new(),
+        };
+        let state = Mutex::new(State::new(recovery, &Settings::default(), &Env::system()));
+        let push = |keys: &[u32], value: u32, size: usize, frozen| {
+            let value = [value.to_le_bytes().to_vec(), vec![0; size]].concat();
+            let delta: Delta =
+                keys.iter().map(|key| (key.to_be_bytes().to_vec(), Some(value.clone().into()))).collect();
+            let weight = delta.iter().map(|(k, v)| weight(k, v)).sum();
+            let upto = CommitNo(0);
+            state.lock().levels.insert(0, Level { delta: Arc::new(delta), weight, frozen, upto });
+        };
+        push(&[u32::MAX], 0, 10, true);
+        let mut most = 0;
+        for n in 0..3000u32 {
+            // As a commit of one small file leaves them: what it changed, and a light one above.
+            push(&[3 * n, 3 * n + 1, 7], n, 600, false);
+            push(&[3 * n + 2], n, 10, false);
+            fold_levels(&state, |a, b| !a.frozen && !b.frozen);
+            most = most.max(state.lock().levels.len());
+        }
+        assert!(most <= 20, "{most} levels");
+        let state = state.lock();
+        let newest = |key: u32| {
+            let found = state.levels.iter().find_map(|level| level.delta.get(&key.to_be_bytes()[..]));
+            found.and_then(|value| value.as_ref()).map(|value| value[..4].to_vec())
+        };
+        assert_eq!(newest(7), Some(2999u32.to_le_bytes().to_vec()));
+        assert!((8..9000).all(|key| newest(key) == Some((key / 3).to_le_bytes().to_vec())));
+        assert!(state.levels.last().is_some_and(|level| level.frozen), "what is frozen stays as it is");
     }
 }
