@@ -115,10 +115,9 @@ def look(directory, sites, offices, died, report):
             (cases, what), took = timed(lambda register=register, upper=upper: register.check(upper))
         newest = office.abroad.versions()
         mine |= {"checked_seconds": round(took, 2), "promised": office.promised, "found": cases, "what": what}
-        mine["lost"] = max(0, office.promised - cases)
+        mine["lost"] = register.lost(office.promised, cases)
         mine["rpo_seconds"] = max(0.0, round(died - newest_time(newest), 2))
-        held = register.protection == "local" or not mine["lost"]
-        check(held, f"{register.name}: {what}; promised {office.promised}, lost {mine['lost']} at "
+        check(register.holds(mine["lost"]), f"{register.name}: {what}; promised {office.promised}, lost {mine['lost']} at "
               f"{register.protection}, newest commit {mine['rpo_seconds']} s before the end")  # fmt: skip
         report["registers"][register.name] = mine
         office.view.umount()

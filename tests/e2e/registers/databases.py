@@ -8,8 +8,17 @@ import subprocess
 import time
 
 import postgres
+from harness import Failed
 
-from registers.register import Gone, Register, body, digest, must, put, sync_dir
+from registers.register import Gone, Register, body, digest, must, put, read, sync_dir
+
+# What cases 1 to {found} entered, and what is there: what only one of them has.
+DIFFERENT = """
+    with wanted as
+    (select n, n % 1000 + 1 a, (n * 7 + 500) % 1000 + 1 b, n % 977 + 1 m from generate_series(1, {found}::bigint) n),
+    cases as (select n, a, -m from wanted union all select n, b, m from wanted)
+    select count(*) from ((table cases except all table entry) union all (table entry except all table cases)) x
+"""
 
 
 class Client:
@@ -71,10 +80,12 @@ class PostgresRegister(Register):
         self.answered = time.monotonic()
         found = self.ask(point)
         self.server.stop()
+        self.server.check_pages()
         return found
 
     def resume(self, point, cases):
         super().resume(point, cases)
+        self.close()
         self.serve(point / "data")
         self.server.start()
         self.client = Client(self.server)
@@ -119,25 +130,52 @@ class Taxes(PostgresRegister):
             "on a.id = e.account where a.balance <> coalesce(e.s, 0)"
         )
         must(wrong == "0", self, f"{wrong} accounts do not have the balance of their entries")
-        return found, f"{found} cases, all accounts balance"
+        # Nothing above knows that a case was entered twice, or altered on both of its sides.
+        wrong = self.server.sql(DIFFERENT.format(found=found))
+        must(wrong == "0", self, f"{wrong} entries are not what their cases entered")
+        accounts = self.server.sql("select count(*), min(id), max(id) from account")
+        must(accounts == "1000|1|1000", self, f"the accounts are not all there: {accounts}")
+        return found, f"{found} cases as entered, all accounts balance"
 
 
-class Land(PostgresRegister):
+class Filed:
+    """What a register checks whose documents lie in `folder`, beside a database that has their hashes. A document is
+    filed before its row: one may be there without."""
+
+    def check_filed(self, point, rows):
+        numbers = [int(number) for number, _ in rows]
+        must(numbers == list(range(1, len(rows) + 1)), self, "rows are missing in the middle")
+        for number, (_, wanted) in enumerate(rows, 1):
+            data = self.contents(number)
+            must(wanted == digest(data), self, f"row {number} is not what was entered")
+            must(read(self.place(point, number)) == data, self, f"document {number} is not what was filed")
+        there = {path for path in (point / self.folder).rglob("*") if not path.is_dir()}
+        under_way = self.place(point, len(rows) + 1)
+        there -= {under_way, under_way.with_name(f"{under_way.name}.new")}
+        more = sorted(path.name for path in there - {self.place(point, n) for n in numbers})
+        must(not more, self, f"documents without a row behind row {len(rows)}: {', '.join(more[:5])}")
+
+
+class Land(Filed, PostgresRegister):
     """Plots in a database, deeds beside it as files: the database has their hashes."""
 
     name = "land"
+    folder = "deeds"
     schema = "create table deed (number bigint primary key, sha256 text not null)"
 
     def prepare(self, point):
         (point / "deeds").mkdir()
         super().prepare(point)
 
-    def deed(self, point, n):
+    def place(self, point, n):
         return point / "deeds" / f"{n % 50:02}" / f"{n}.pdf"
+
+    def contents(self, n):
+        return body(self.name, n, 2000 + n % 60_000)
 
     def work(self, point):
         n = self.acknowledged + 1
-        data, path = body(self.name, n, 2000 + n % 60_000), self.deed(point, n)
+        data, path = self.contents(n), self.place(point, n)
         path.parent.mkdir(exist_ok=True)
         put(path, data)
         sync_dir(path.parent)
@@ -146,18 +184,15 @@ class Land(PostgresRegister):
 
     def ask(self, point):
         rows = [row.split("|") for row in self.server.sql("select * from deed order by number").splitlines()]
-        numbers = [int(number) for number, _ in rows]
-        must(numbers == list(range(1, len(rows) + 1)), self, "plots are missing in the middle")
-        for number, wanted in rows:
-            path = self.deed(point, int(number))
-            must(path.exists() and digest(path.read_bytes()) == wanted, self, f"the deed {number} is not what was filed")
+        self.check_filed(point, rows)
         return len(rows), f"{len(rows)} plots, each deed as filed"
 
 
-class Businesses(Register):
+class Businesses(Filed, Register):
     """A SQLite database in WAL mode, and documents beside it."""
 
     name = "businesses"
+    folder = "documents"
 
     def prepare(self, point):
         (point / "documents").mkdir()
@@ -172,16 +207,19 @@ class Businesses(Register):
         super().resume(point, cases)
         self.base = None
 
-    def document(self, point, n):
+    def place(self, point, n):
         return point / "documents" / f"{n}.xml"
+
+    def contents(self, n):
+        return body(self.name, n, 500 + n % 9000)
 
     def work(self, point):
         if self.base is None:
             self.base = sqlite3.connect(point / "register.db", isolation_level=None, check_same_thread=False)
             self.base.execute("pragma synchronous = full")
         n = self.acknowledged + 1
-        data = body(self.name, n, 500 + n % 9000)
-        put(self.document(point, n), data)
+        data = self.contents(n)
+        put(self.place(point, n), data)
         try:
             self.base.execute("insert into company values (?, ?)", (n, digest(data)))
         except sqlite3.Error as error:
@@ -191,14 +229,17 @@ class Businesses(Register):
         self.acknowledged = n
 
     def check(self, point):
+        # SQLite would make one.
+        must((point / "register.db").exists(), self, "the database is missing")
         base = sqlite3.connect(point / "register.db")
-        must(base.execute("pragma integrity_check").fetchone() == ("ok",), self, "integrity_check says no")
-        rows = base.execute("select * from company order by number").fetchall()
-        base.close()
-        must([n for n, _ in rows] == list(range(1, len(rows) + 1)), self, "companies are missing in the middle")
-        for n, wanted in rows:
-            path = self.document(point, n)
-            must(path.exists() and digest(path.read_bytes()) == wanted, self, f"document {n} is not what was filed")
+        try:
+            must(base.execute("pragma integrity_check").fetchone() == ("ok",), self, "integrity_check says no")
+            rows = base.execute("select * from company order by number").fetchall()
+        except sqlite3.DatabaseError as error:
+            raise Failed(f"{self.name}: the database cannot be read: {error}") from error
+        finally:
+            base.close()
+        self.check_filed(point, rows)
         return len(rows), f"{len(rows)} companies, each document as filed"
 
     def end(self):

@@ -3,14 +3,26 @@
 Invariant: a case is acknowledged when an fsync behind its last change has returned.
 """
 
+import hashlib
 import os
 import zlib
 
 from harness import run
 
-from registers.register import Gone, Register, body, must, put, sync_dir
+from registers.register import Gone, Register, body, must, put, read, sync_dir
 
 CENSUS_BLOCK = 1 << 20
+
+
+def only_these(register, point, names):
+    """Nothing lies there that no clerk made."""
+    more = sorted(set(os.listdir(point)) - names)
+    must(not more, register, f"there is what no clerk made: {', '.join(more[:5])}")
+
+
+def blob_id(data):
+    """The name that git gives to a file's contents."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 class Identity(Register):
@@ -56,7 +68,9 @@ class Identity(Register):
         found = {}
         for directory, _, names in os.walk(point):
             for name in names:
-                found[int(name[2:11])] = os.path.join(directory, name)
+                path, n = os.path.join(directory, name), int(name[2:11]) if name[2:11].isdigit() else 0
+                must(path == str(self.place(point, n)), self, f"{path} is no document, or not in its place")
+                found[n] = path
         whole = 0
         for n in sorted(found):
             if n != whole + 1:
@@ -68,7 +82,8 @@ class Identity(Register):
             if not right or (state.st_mode & 0o7777, (state.st_uid, state.st_gid)) != (mode, owner):
                 break  # the last one can have been under way
             whole = n
-        must(len(found) - whole <= 1, self, f"{len(found) - whole} documents behind number {whole} are not whole")
+        more = sorted(n for n in found if not 1 <= n <= whole + 1)
+        must(not more, self, f"document {whole + 1} is not right, and {len(more)} others are there: {more[:5]}")
         return whole, f"{whole} documents with owner and mode"
 
 
@@ -95,15 +110,17 @@ class Pensions(Register):
 
     def check(self, point):
         numbers = []
+        only_these(self, point, {f"payments-{k}.txt" for k in range(self.files)})
         for k in range(self.files):
             path = point / f"payments-{k}.txt"
             if not path.exists():
                 continue
-            with open(path, "rb") as source:
-                lines = source.read().splitlines(keepends=True)
-            for i, line in enumerate(lines):
-                n = int(line[:10])
-                must(line == self.line(n) and n % self.files == k, self, f"line {i + 1} of {path.name} is not right")
+            last = 0
+            for i, line in enumerate(read(path).splitlines(keepends=True), 1):
+                n = int(line[:10]) if line[:10].isdigit() else 0
+                must(line == self.line(n) and n % self.files == k, self, f"line {i} of {path.name} is not right")
+                must(n > last, self, f"line {i} of {path.name} is out of order")
+                last = n
                 numbers.append(n)
         must(sorted(numbers) == list(range(1, len(numbers) + 1)), self, "payments are missing in the middle")
         return len(numbers), f"{len(numbers)} payments in order"
@@ -124,6 +141,13 @@ class Legislation(Register):
         settings = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         return run("git", *settings, "-C", point / "acts", *words, ok=ok, limit=120)
 
+    @staticmethod
+    def file(n):
+        return f"act-{n % 200}.txt"
+
+    def contents(self, n):
+        return f"Act {n}\n".encode() + body(self.name, n, 3000).hex().encode()
+
     def prepare(self, point):
         key = self.directory / "signing"
         run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "gazette@example.org", "-f", key)
@@ -134,7 +158,7 @@ class Legislation(Register):
     def work(self, point):
         n = self.acknowledged + 1
         try:
-            put(point / "acts" / f"act-{n % 200}.txt", f"Act {n}\n".encode() + body(self.name, n, 3000).hex().encode())
+            put(point / "acts" / self.file(n), self.contents(n))
             self.git(point, "add", "-A")
             self.git(point, "commit", "-q", "-m", f"act {n}")
             if n % 10 == 0:
@@ -153,14 +177,37 @@ class Legislation(Register):
 
     def check(self, point):
         self.git(point, "fsck", "--full", "--strict")
-        log = self.git(point, "log", "--format=%s", "main").stdout.splitlines()
+        log = self.git(point, "log", "--reverse", "--format=%H %s", "main").stdout.splitlines()
+        commits, subjects = [line[:40] for line in log], [line[41:] for line in log]
         found = len(log)
-        must(log == [f"act {n}" for n in range(found, 0, -1)], self, "the history has holes")
-        tags = self.git(point, "tag", "-l").stdout.split()
-        must(len(tags) in (found // 10, found // 10 - 1), self, f"{len(tags)} tags for {found} acts")
+        must(subjects == [f"act {n}" for n in range(1, found + 1)], self, "the history has holes")
+        self.check_acts(point, found)
+        tags = self.check_tags(point, commits)
+        return found, f"{found} acts, {tags} signed tags, fsck clean"
+
+    def check_acts(self, point, found):
+        """The newest state, in the history and beside it; the next act may lie there and not be in the history."""
+        acts = {self.file(n): self.contents(n) for n in range(max(1, found - 199), found + 1)}
+        wanted = {f"100644 {blob_id(data)} {name}" for name, data in acts.items()}
+        tree = self.git(point, "ls-tree", "-r", "--format=%(objectmode) %(objectname) %(path)", "main")
+        wrong = sorted(line.split()[-1] for line in wanted ^ set(tree.stdout.splitlines()))
+        must(not wrong, self, f"in the newest commit is not what was passed: {', '.join(wrong[:5])}")
+        following = self.file(found + 1)
+        there = set(os.listdir(point / "acts")) - {".git", f"{following}.new"}
+        for name in sorted(there | set(acts)):
+            right = (acts.get(name), self.contents(found + 1)) if name == following else (acts.get(name),)
+            must(read(point / "acts" / name) in right, self, f"the file {name} is not the act that was passed")
+
+    def check_tags(self, point, commits):
+        """Each tenth act has its own tag and signature; only the newest act may be without."""
+        form = "--format=%(refname:strip=2) %(tag) %(*objectname)"
+        tags = set(self.git(point, "for-each-ref", form, "refs/tags").stdout.splitlines())
+        wanted = {f"collection-{n} collection-{n} {commits[n - 1]}": n for n in range(10, len(commits) + 1, 10)}
+        wrong = {tag for tag in tags.symmetric_difference(wanted) if tag in tags or wanted[tag] != len(commits)}
+        must(not wrong, self, f"the tags are not those that were made: {', '.join(sorted(wrong)[:5])}")
         for tag in tags:
-            self.git(point, "tag", "-v", tag)
-        return found, f"{found} acts, {len(tags)} signed tags, fsck clean"
+            self.git(point, "tag", "-v", tag.split()[0])
+        return len(tags)
 
 
 class Census(Register):
@@ -193,6 +240,7 @@ class Census(Register):
 
     def check(self, point):
         columns = sorted(point.glob("column-*.bin"))
+        only_these(self, point, {path.name for path in columns})
         found = 0
         for k, path in enumerate(columns, 1):
             must(path.name == f"column-{k:04}.bin", self, f"column {k} is missing")
@@ -201,6 +249,7 @@ class Census(Register):
                 while data := source.read(CENSUS_BLOCK):
                     must(data == self.block(k, i)[: len(data)], self, f"block {i} of {path.name} is not right")
                     i += 1
+            must(size <= self.size["column_mib"] * CENSUS_BLOCK, self, f"{path.name} is long")
             if size < self.size["column_mib"] * CENSUS_BLOCK:
                 must(k == len(columns), self, f"{path.name} is short")
                 break

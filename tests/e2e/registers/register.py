@@ -47,6 +47,15 @@ def put(path, data, mode=None, owner=None):
     os.rename(new, path)
 
 
+def read(path):
+    """What a file holds; None where there is no file."""
+    try:
+        with open(path, "rb") as source:
+            return source.read()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+
+
 def sync_dir(path):
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -112,6 +121,15 @@ class Register:
     def check(self, point):
         """Checks all that `point` shows; gives (cases found, what was looked at). Raises Failed for a wrong one."""
         raise NotImplementedError
+
+    @staticmethod
+    def lost(promised, found):
+        """How many of the cases that the clerks were promised are not there."""
+        return max(0, promised - found)
+
+    def holds(self, lost):
+        """Whether so many may be lost: what is promised at `local` is promised of home's own disk."""
+        return self.protection == "local" or not lost
 
     def close(self):
         """Nothing of the register runs any more."""
