@@ -252,6 +252,30 @@ fn a_tail_torn_at_any_byte_recovers_to_the_last_complete_commit() {
 }
 
 #[test]
+fn a_sector_left_as_an_earlier_write_had_it_is_a_torn_tail_however_little_is_missing() {
+    const SECTOR: usize = 512;
+    let ending_at = |data| {
+        let home = host();
+        let mut writer = home.writer(1, &fresh());
+        commit(&mut writer, 1, data);
+        (home, writer.open_len() as usize, writer)
+    };
+    let (_, base, _) = ending_at(SECTOR);
+    for missing in 1..=20 {
+        let (home, end, mut writer) = ending_at(SECTOR + SECTOR - (base + missing) % SECTOR);
+        assert_eq!((end + missing) % SECTOR, 0);
+        writer.flush().unwrap();
+        commit(&mut writer, 2, 50);
+        writer.close().unwrap();
+        let mut bytes = home.file(1);
+        bytes[end..end + missing].fill(0);
+        home.write(1, &bytes);
+        let (_, commits) = home.recover(None, ChainStart::default(), Role::Writer).unwrap();
+        assert_eq!(commits, expected(1..=1), "{missing} bytes missing");
+    }
+}
+
+#[test]
 fn after_a_crash_no_key_is_used_again() {
     let (home, whole, ends) = crashed();
     let salt = |bytes: &[u8], seq| {

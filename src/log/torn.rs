@@ -214,11 +214,10 @@ impl Scan<'_> {
         };
         if let Some((trailer, _)) = trailer_of(ctx, seq, self.bytes) {
             let body = self.bytes.get(stopped..trailer.body_len() as usize).unwrap_or_default();
-            let synced = trailer.synced as usize;
-            // The sector in which the durable bytes end can be as it was when they were synced, however little is missing.
-            let edge = self.bytes.get(synced..(synced / SECTOR + 1) * SECTOR).unwrap_or_default();
+            // Writes end where frames do: the sector that one ended in can be as it left it, however little is missing.
+            let edge = self.bytes.get(stopped..(stopped / SECTOR + 1) * SECTOR).unwrap_or_default();
             let old_edge = !edge.is_empty() && edge.iter().all(|b| *b == 0);
-            if synced > stopped || !(has_hole(body, stopped) || old_edge) {
+            if trailer.synced as usize > stopped || !(has_hole(body, stopped) || old_edge) {
                 return damage("the segment was closed, and its bytes have changed since");
             }
         }
