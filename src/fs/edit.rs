@@ -3,7 +3,7 @@
 //! count of live bytes has changed by exactly what was added and freed.
 
 use super::commit::{Shipping, Taken};
-use super::extents::{scan_from, stored_extent};
+use super::extents::{offset_of, scan_from, stored_extent};
 use crate::log::{self, Frames};
 use crate::tree::btree::Tree;
 use crate::tree::delta::{Delta, Value};
@@ -65,7 +65,7 @@ impl<'a> ExtentEdit<'a> {
     }
 
     fn punch(&mut self, ino: Ino, range: Range<u64>) -> log::Result<()> {
-        let mut from = scan_from(range.start, self.record);
+        let mut from = self.first_touching(ino, range.start)?;
         loop {
             let found = self.extents(ino, from..range.end)?;
             for (key, value) in &found {
@@ -103,16 +103,30 @@ impl<'a> ExtentEdit<'a> {
         }
     }
 
-    /// Extents of the file from the newest committed state, under the changes of this commit. Pages that are only
-    /// in the store are fetched: the committer may wait, requests never do.
+    /// Where the extent starts that may cover `at`: the last one that begins up to there, if its record has one. A record
+    /// can have hundreds of small ones, as when lines are appended to a log, each with a commit of its own.
+    fn first_touching(&self, ino: Ino, at: u64) -> log::Result<u64> {
+        let range = key::extents(ino, scan_from(at, self.record)..at.saturating_add(1));
+        match self.look(|levels| levels.last(&range.start, &range.end))? {
+            Some((key, _)) => offset_of(&key).map_err(into_log),
+            None => Ok(at),
+        }
+    }
+
     fn extents(&self, ino: Ino, offsets: Range<u64>) -> log::Result<Vec<(Key, Value)>> {
+        let range = key::extents(ino, offsets);
+        self.look(|levels| levels.range(&range.start, &range.end, PUNCH_BATCH))
+    }
+
+    /// Looks at the newest committed state under the changes of this commit. Pages that are only in the store are
+    /// fetched: the committer may wait, requests never do.
+    fn look<T>(&self, what: impl Fn(&Levels<'_>) -> log::Result<T>) -> log::Result<T> {
         let mut maps = Vec::with_capacity(self.base.len() + 1);
         maps.push(&self.changes);
         maps.extend(&self.base);
-        let range = key::extents(ino, offsets);
+        let levels = Levels { maps: &maps, tree: self.tree, frames: self.frames };
         loop {
-            let levels = Levels { maps: &maps, tree: self.tree, frames: self.frames };
-            match levels.range(&range.start, &range.end, PUNCH_BATCH) {
+            match what(&levels) {
                 Err(log::Error::Missing(ptrs)) => self.shipping.fetch(&ptrs)?,
                 other => return other,
             }

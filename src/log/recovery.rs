@@ -165,6 +165,7 @@ pub(super) fn settle(dir: &StateDir, file: &FileRef, bytes: &[u8]) -> Result<()>
     let write = || {
         let open = file.disk.open(&file.path, Mode::Write)?;
         open.write_all_at(bytes, 0).map_err(|(_, e)| e)?;
+        open.set_len(bytes.len() as u64)?; // the sync that failed may have lost that what was laid out behind it goes
         open.sync()
     };
     write().map_err(Error::io(format!("write {}", file.path.display())))?;

@@ -276,6 +276,33 @@ fn a_sector_left_as_an_earlier_write_had_it_is_a_torn_tail_however_little_is_mis
 }
 
 #[test]
+fn what_was_laid_out_ahead_is_no_part_of_a_segment() {
+    for crash in [false, true] {
+        let home = host();
+        let mut writer = home.writer(1, &fresh());
+        for no in 1..=4 {
+            commit(&mut writer, no, 50);
+            writer.sync().unwrap();
+        }
+        let (end, laid_out) = (writer.open_len() as usize, home.file(1));
+        assert!(laid_out.len() > end + 100 && laid_out[end..].iter().all(|byte| *byte == 0));
+        if !crash {
+            let closed = writer.close().unwrap().unwrap();
+            assert_eq!(home.file(1).len() as u64, closed.len);
+            assert!(trailer_of(&volume(), Seq(1), &home.file(1)).is_some());
+            // A crash before the end was cut off: the trailer does not end the file, and does not count.
+            let mut bytes = home.file(1);
+            bytes.resize(laid_out.len(), 0);
+            home.write(1, &bytes);
+        }
+        let (recovered, commits) = home.recover(None, ChainStart::default(), Role::Writer).unwrap();
+        assert_eq!(commits, expected(1..=4));
+        assert_eq!(home.file(1).len() as u64, recovered.local[0].len);
+        assert!(recovered.local[0].len < laid_out.len() as u64);
+    }
+}
+
+#[test]
 fn after_a_crash_no_key_is_used_again() {
     let (home, whole, ends) = crashed();
     let salt = |bytes: &[u8], seq| {
@@ -317,7 +344,7 @@ fn damage_before_a_synced_byte_is_not_taken_for_a_torn_tail() {
     commit(&mut writer, 2, 50);
     writer.sync().unwrap();
     let whole = home.file(1);
-    for at in 0..whole.len() {
+    for at in 0..writer.open_len() as usize {
         let mut bytes = whole.clone();
         bytes[at] ^= 0x40;
         home.write(1, &bytes);

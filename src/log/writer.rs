@@ -28,6 +28,11 @@ use std::sync::Arc;
 const DELTA_BYTES_MAX: u64 = 64 << 20;
 /// The buffer is written out when it holds this many bytes.
 const BUFFER_LEN: usize = 1 << 20;
+/// So many zeros are laid out at once behind a segment that is synced in small steps: an `fdatasync` within them writes the
+/// data alone, and not the file's new size and blocks as well.
+const LAID_OUT: usize = 256 << 10;
+/// Steps of more bytes than this are not small: laying out would write them twice and save next to nothing.
+const SMALL_STEP: u64 = 64 << 10;
 type Create = Box<dyn Fn(&Path) -> io::Result<Arc<dyn DiskFile>> + Send>;
 
 /// The one writer of a volume's log on this host.
@@ -52,6 +57,8 @@ struct OpenSegment {
     /// Sealed bytes that follow the first `written` ones of the file.
     buffer: Vec<u8>,
     written: u64,
+    /// The file is at least so long; behind what is written it holds zeros.
+    laid_out: u64,
     /// Bytes known durable.
     synced: u64,
     dir_synced: bool,
@@ -173,6 +180,9 @@ impl LogWriter {
     /// Writes out the buffer and hands out what makes everything appended so far durable; `None` when it is.
     pub fn sync_point(&mut self) -> Result<Option<SyncPoint>> {
         self.flush()?;
+        if let Some(open) = &mut self.open {
+            open.lay_out();
+        }
         let dir = &self.dir;
         Ok(self.open.as_ref().filter(|open| open.synced < open.written || !open.dir_synced).map(|open| {
             SyncPoint {
@@ -225,7 +235,10 @@ impl LogWriter {
             self.env.random_bytes(),
         )?;
         let (file, seq, written) = (open.file.clone(), open.seq, open.written);
-        if let Err((_, e)) = file.write_all_at(&closing.bytes, written) {
+        let end = written + closing.bytes.len() as u64;
+        let whole = file.write_all_at(&closing.bytes, written).map_err(|(_, e)| e);
+        // A segment ends with its trailer: what was laid out behind it goes.
+        if let Err(e) = whole.and_then(|()| if open.laid_out > end { file.set_len(end) } else { Ok(()) }) {
             // Nothing of the index is needed: the next attempt seals it anew, under a key of its own.
             let _ = file.set_len(written);
             return Err(self.failed("write", e));
@@ -242,7 +255,7 @@ impl LogWriter {
         self.next_seq = Seq(seq.0 + 1);
         Ok(Some(ClosedSegment {
             file: self.dir.file(self.dir.log_path(seq)),
-            len: written + closing.bytes.len() as u64,
+            len: end,
             head: closing.head,
             last_commit: self.last_commit,
             stored: self.stored,
@@ -361,6 +374,7 @@ impl LogWriter {
             cipher: SegmentCipher::new(&self.ctx, header),
             buffer,
             written: 0,
+            laid_out: 0,
             synced: 0,
             dir_synced: false,
             delta_bytes: 0,
@@ -393,6 +407,18 @@ impl OpenSegment {
         let ptr = self.cipher.seal_into(offset, kind, plain, &mut self.buffer);
         self.index.frames.push((kind, ptr.offset, ptr.len));
         ptr
+    }
+
+    /// Lays out zeros where the next small steps will write. That the disk has no room for them is not yet an error.
+    fn lay_out(&mut self) {
+        let step = self.written - self.synced;
+        if self.synced > 0 && self.written > self.laid_out && step > 0 && step <= SMALL_STEP {
+            let done = match self.file.write_all_at(&vec![0; LAID_OUT], self.written) {
+                Ok(()) => LAID_OUT,
+                Err((done, _)) => done,
+            };
+            self.laid_out = self.written + done as u64;
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {
