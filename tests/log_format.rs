@@ -240,7 +240,8 @@ fn a_frame_in_blocks_is_written_and_read_as_the_format_document_says() {
     let limits = ReaderLimits { frame_cache_bytes: 0, disk_cache_bytes: 0, open_files: 2 };
     let reader = FrameReader::new(dir, volume(), None, env(), limits).unwrap();
     assert_eq!(reader.get(ptr, FrameKind::Data).unwrap(), plain);
-    let part = reader.part(ptr, BLOCK as u32 - 1, 3).unwrap();
+    let mut part = Vec::new();
+    reader.part_onto(ptr, BLOCK as u32 - 1, 3, &mut part).unwrap();
     assert_eq!(part, plain[BLOCK - 1..BLOCK + 2]);
 
     let frame = &segment[96..96 + u32_at(&segment, 96) as usize];

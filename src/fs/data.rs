@@ -60,39 +60,25 @@ impl Fs {
         self.assemble(&pieces)
     }
 
-    /// Puts pieces together; a single one that lies in one frame is not copied.
+    /// Puts pieces together.
     fn assemble(&self, pieces: &[Piece]) -> Result<Bytes> {
-        let mut missing = Vec::new();
-        let mut opened = Vec::with_capacity(pieces.len());
-        for piece in pieces {
-            let bytes = match &piece.source {
-                Source::Frame(ptr, from) => match self.frames.part(*ptr, *from, piece.len) {
-                    Ok(bytes) => bytes,
-                    Err(log::Error::Missing(ptrs)) => {
-                        missing.extend(ptrs);
-                        Bytes::new()
-                    }
-                    Err(e) => return Err(e.into()),
-                },
-                _ => Bytes::new(),
-            };
-            opened.push(bytes);
-        }
-        if !missing.is_empty() {
-            return Err(Error::Log(log::Error::Missing(missing)));
-        }
-        if let ([Piece { source: Source::Frame(..), .. }], Some(only)) = (pieces, opened.first()) {
-            return Ok(only.clone());
-        }
         let total: u64 = pieces.iter().map(|p| p.len).sum();
-        let mut out = Vec::with_capacity(total as usize);
-        for (piece, bytes) in pieces.iter().zip(&opened) {
+        let (mut out, mut missing) = (Vec::with_capacity(total as usize), Vec::new());
+        for piece in pieces {
             let len = piece.len as usize;
             match &piece.source {
                 Source::Memory(data, from) => out.extend_from_slice(&data[*from..from + len]),
-                Source::Frame(..) => out.extend_from_slice(bytes),
                 Source::Hole => out.resize(out.len() + len, 0),
+                Source::Frame(ptr, from) => match self.frames.part_onto(*ptr, *from, piece.len, &mut out) {
+                    Ok(()) => {}
+                    // All of them are asked for at once.
+                    Err(log::Error::Missing(ptrs)) => missing.extend(ptrs),
+                    Err(e) => return Err(e.into()),
+                },
             }
+        }
+        if !missing.is_empty() {
+            return Err(Error::Log(log::Error::Missing(missing)));
         }
         Ok(Bytes::from(out))
     }

@@ -53,7 +53,7 @@ impl MountSettings {
             dev: false,
             exec: true,
             relatime: false,
-            read_ahead_kib: 1024,
+            read_ahead_kib: 4096,
         }
     }
 

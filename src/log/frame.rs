@@ -101,26 +101,31 @@ impl SegmentCipher {
         FramePtr { seq: self.header.seq, offset, len }
     }
 
-    /// The plain bytes of some blocks of the frame at `ptr`, which lie in `sealed`. It fails, too, where the frame is not
-    /// one in blocks.
+    /// Appends the plain bytes of some blocks of the frame at `ptr`, which lie in `sealed`, to `out`; on an error nothing. It
+    /// fails, too, where the frame is not one in blocks.
     pub fn open_blocks(
         &self,
         ptr: FramePtr,
         layout: Layout,
         which: &Range<usize>,
         sealed: &[u8],
-    ) -> std::result::Result<Vec<u8>, NotAuthentic> {
+        out: &mut Vec<u8>,
+    ) -> std::result::Result<(), NotAuthentic> {
         let prefix = Prefix { len: ptr.len, kind: FrameKind::Data, flags: FLAG_BLOCKS }.encode();
         let associated = self.associated(ptr.offset, &prefix);
-        let mut plain = vec![0; layout.plain(which).len()];
         if ptr.seq != self.header.seq || sealed.len() != layout.sealed(which).len() {
             return Err(NotAuthentic);
         }
+        let begin = out.len();
+        out.reserve_exact(layout.plain(which).len());
         let nonces = u64::from(ptr.offset) + which.start as u64..;
-        for ((n, (block, tag)), out) in nonces.zip(blocks::split(sealed)).zip(plain.chunks_mut(BLOCK_LEN)) {
-            self.sealer.open_onto(n, &associated, block, tag, out)?;
+        for (n, (block, tag)) in nonces.zip(blocks::split(sealed)) {
+            let at = out.len();
+            out.resize(at + block.len(), 0);
+            let opened = self.sealer.open_onto(n, &associated, block, tag, &mut out[at..]);
+            opened.inspect_err(|_| out.truncate(begin))?;
         }
-        Ok(plain)
+        Ok(())
     }
 
     /// The plain contents of the frame at `ptr`, which must be of `kind`. `sealed` is opened in place.
@@ -137,8 +142,9 @@ impl SegmentCipher {
         }
         if prefix.flags & FLAG_BLOCKS != 0 {
             let layout = Layout::of(sealed.len()).ok_or_else(|| bad("damaged prefix"))?;
-            let plain = self.open_blocks(ptr, layout, &layout.all(), &sealed[PREFIX_LEN..]);
-            return plain.map(Bytes::from).map_err(|_| bad("authentication failed"));
+            let mut plain = Vec::new();
+            let opened = self.open_blocks(ptr, layout, &layout.all(), &sealed[PREFIX_LEN..], &mut plain);
+            return opened.map(|()| plain.into()).map_err(|_| bad("authentication failed"));
         }
         let associated = self.associated(ptr.offset, &prefix.encode());
         let end = sealed.len() - TAG_LEN;

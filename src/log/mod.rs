@@ -132,9 +132,11 @@ pub trait Frames: Send + Sync {
     /// The plain bytes of the frame at `ptr`, which must be of `kind`.
     fn get(&self, ptr: FramePtr, kind: FrameKind) -> Result<Bytes>;
 
-    /// `len` plain bytes of the data frame at `ptr`, from `from` on. It may cost less than all of them.
-    fn part(&self, ptr: FramePtr, from: u32, len: u64) -> Result<Bytes> {
-        part_of(&self.get(ptr, FrameKind::Data)?, ptr, from, len)
+    /// Appends `len` plain bytes of the data frame at `ptr`, from `from` on, to `out`; on an error nothing. It may cost less
+    /// than all of them.
+    fn part_onto(&self, ptr: FramePtr, from: u32, len: u64, out: &mut Vec<u8>) -> Result<()> {
+        out.extend_from_slice(&part_of(&self.get(ptr, FrameKind::Data)?, ptr, from, len)?);
+        Ok(())
     }
 }
 

@@ -20,6 +20,7 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use lru::LruCache;
 use parking_lot::Mutex;
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io::ErrorKind;
 use std::num::NonZeroUsize;
@@ -34,6 +35,11 @@ const CIPHERS_KEPT: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
 /// Hints about dead frames beyond this number are dropped: eviction finds those bytes by age.
 const DEAD_HINTS_MAX: usize = 1 << 20;
 const HEADER_RANGE: Range<u64> = 0..HEADER_LEN as u64;
+
+thread_local! {
+    /// Where sealed bytes lie until they are opened: as long as the longest that this thread has read.
+    static SEALED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
 /// What a [`FrameReader`] may use.
 #[derive(Clone, Copy, Debug)]
@@ -87,13 +93,13 @@ impl Frames for FrameReader {
         Ok(plain)
     }
 
-    fn part(&self, ptr: FramePtr, from: u32, len: u64) -> Result<Bytes> {
+    fn part_onto(&self, ptr: FramePtr, from: u32, len: u64, out: &mut Vec<u8>) -> Result<()> {
         let range = from as usize..(from as usize).saturating_add(len as usize);
-        match self.read_blocks(ptr, &range) {
-            // What was asked for by itself is not kept: it is in the kernel's cache above, and sealed in the one below.
-            Some(bytes) => Ok(bytes),
-            None => part_of(&self.get(ptr, FrameKind::Data)?, ptr, from, len),
+        // What is read by itself is not kept: it is in the kernel's cache above, and sealed in the one below.
+        if self.read_blocks(ptr, &range, out).is_none() {
+            out.extend_from_slice(&part_of(&self.get(ptr, FrameKind::Data)?, ptr, from, len)?);
         }
+        Ok(())
     }
 }
 
@@ -108,12 +114,11 @@ impl FrameReader {
         Ok(opened)
     }
 
-    /// A little of a frame in blocks, from this host's files. Nothing when it is not here, is no such frame, or does not
-    /// open: reading all of it then tells what is wrong.
-    fn read_blocks(&self, ptr: FramePtr, range: &Range<usize>) -> Option<Bytes> {
+    /// Some of a frame in blocks, from this host's files. Nothing when it is not here, is no such frame, or does not open:
+    /// reading all of it then tells what is wrong.
+    fn read_blocks(&self, ptr: FramePtr, range: &Range<usize>, out: &mut Vec<u8>) -> Option<()> {
         let layout = Layout::of(ptr.len as usize)?;
-        if range.end > layout.plain_len() || range.len() > layout.plain_len() / 2 || self.frames.contains(ptr)
-        {
+        if range.end > layout.plain_len() || self.frames.contains(ptr) {
             return None;
         }
         let open = self.open_file(ptr.seq).ok()??;
@@ -121,15 +126,19 @@ impl FrameReader {
             return None;
         }
         let which = layout.holding(range);
-        let place = layout.sealed(&which);
-        let mut sealed = vec![0; place.len()];
-        open.file.read_exact_at(&mut sealed, u64::from(ptr.offset) + place.start as u64).ok()?;
-        let plain = open.cipher.open_blocks(ptr, layout, &which, &sealed).ok()?;
+        let (begin, place) = (out.len(), layout.sealed(&which));
+        SEALED.with_borrow_mut(|sealed| {
+            sealed.resize(sealed.len().max(place.len()), 0);
+            let sealed = sealed.get_mut(..place.len())?;
+            open.file.read_exact_at(sealed, u64::from(ptr.offset) + place.start as u64).ok()?;
+            open.cipher.open_blocks(ptr, layout, &which, sealed, out).ok()
+        })?;
         if open.cached {
             self.ranges.touch(ptr.seq, self.now());
         }
-        let begin = layout.plain(&which).start;
-        Some(Bytes::from(plain).slice(range.start - begin..range.end - begin))
+        out.drain(begin..begin + range.start - layout.plain(&which).start);
+        out.truncate(begin + range.len());
+        Some(())
     }
 
     /// A reader over the state directory and, for what is not there, the store.
