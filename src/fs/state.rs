@@ -13,7 +13,7 @@ use crate::log::{self, Frames};
 use crate::tree::btree::Tree;
 use crate::tree::delta::{Counters, Delta, Value};
 use crate::tree::key::{self, Key};
-use crate::tree::memtable::{Levels, weight};
+use crate::tree::memtable::{Levels, weight, weight_of};
 use crate::tree::value::{Body, Inode};
 use crate::types::{CommitNo, Ino, Timestamp};
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -188,11 +188,9 @@ impl State {
     }
 
     pub fn put(&mut self, key: Key, value: Option<Value>) {
-        self.active_weight += weight(&key, &value);
-        if let Some(old) = self.active.get(&key) {
-            self.active_weight -= weight(&key, old);
-        }
-        self.active.insert(key, value);
+        let (heavy, len) = (weight(&key, &value), key.len());
+        let old = self.active.insert(key, value).map_or(0, |old| weight_of(len, &old));
+        self.active_weight = self.active_weight + heavy - old;
     }
 
     /// Marks the running generation as changed.

@@ -19,7 +19,12 @@ const BATCH_MAX: usize = 512;
 
 /// About how much memory an entry of a [`Delta`] takes, in bytes.
 pub fn weight(key: &[u8], value: &Option<Value>) -> usize {
-    ENTRY_OVERHEAD + key.len() + value.as_ref().map_or(0, |v| v.len())
+    weight_of(key.len(), value)
+}
+
+/// The same, for a key of so many bytes.
+pub fn weight_of(key: usize, value: &Option<Value>) -> usize {
+    ENTRY_OVERHEAD + key + value.as_ref().map_or(0, |v| v.len())
 }
 
 /// A view of changes above a tree.
