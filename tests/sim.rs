@@ -26,6 +26,8 @@ mod common;
 mod compare;
 #[path = "model/contents.rs"]
 mod contents;
+#[path = "sim/cuts.rs"]
+mod cuts;
 #[path = "sim/disk.rs"]
 mod disk;
 #[path = "model/ends.rs"]

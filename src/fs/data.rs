@@ -7,7 +7,7 @@ use super::extents::{Piece, Source};
 use super::inode::clear_set_id;
 use super::state::Tx;
 use super::{Fs, MAX_FILE_SIZE};
-use crate::log;
+use crate::log::{self, BLOCK_LEN};
 use crate::tree::value::{FileType, SPARSE};
 use crate::types::{FramePtr, Ino};
 use bytes::Bytes;
@@ -63,7 +63,8 @@ impl Fs {
     /// Puts pieces together.
     fn assemble(&self, pieces: &[Piece]) -> Result<Bytes> {
         let total: u64 = pieces.iter().map(|p| p.len).sum();
-        let (mut out, mut missing) = (Vec::with_capacity(total as usize), Vec::new());
+        // A frame opens its last block whole before what was not asked for is cut off.
+        let (mut out, mut missing) = (Vec::with_capacity(total as usize + BLOCK_LEN), Vec::new());
         for piece in pieces {
             let len = piece.len as usize;
             match &piece.source {

@@ -117,7 +117,7 @@ impl SegmentCipher {
             return Err(NotAuthentic);
         }
         let begin = out.len();
-        out.reserve_exact(layout.plain(which).len());
+        out.reserve(layout.plain(which).len());
         let nonces = u64::from(ptr.offset) + which.start as u64..;
         for (n, (block, tag)) in nonces.zip(blocks::split(sealed)) {
             let at = out.len();

@@ -23,6 +23,8 @@ mod torn;
 pub mod volume;
 pub mod writer;
 
+pub use blocks::BLOCK_LEN;
+
 use crate::store::StoreError;
 use crate::types::{CommitNo, FrameKind, FramePtr, Head, Seq, Timestamp};
 use bytes::Bytes;

@@ -75,7 +75,8 @@ impl Torn {
             dir.sync_dir("log")?;
             return Ok(None);
         };
-        ::log::info!("{}: closed after a crash, {} of {} bytes kept", path.display(), self.end, bytes.len());
+        let written = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+        ::log::info!("{}: closed after a crash, {} of {written} bytes kept", path.display(), self.end);
         let mut hasher = Hasher::default();
         hasher.update(bytes.get(..self.end).unwrap_or_default());
         let end = self.end as u64;
@@ -84,8 +85,11 @@ impl Torn {
         let mut whole = bytes;
         whole.truncate(self.end);
         whole.extend_from_slice(&closing.bytes);
-        // What lies behind the end goes first: it must not be taken for more of the segment.
-        dir.disk().open(&path, Mode::Write).and_then(|file| file.set_len(end)).map_err(wrap)?;
+        // What lies behind the end goes first, and for good: it must not be taken for more of the segment, nor come back
+        // in the block that the end lies in, below a new trailer that reached the disk before the rest.
+        let cut =
+            dir.disk().open(&path, Mode::Write).and_then(|file| file.set_len(end).and_then(|()| file.sync()));
+        cut.map_err(wrap)?;
         let file = dir.file(path);
         settle(dir, &file, &whole)?;
         let len = whole.len() as u64;
@@ -214,7 +218,8 @@ impl Scan<'_> {
         };
         if let Some((trailer, _)) = trailer_of(ctx, seq, self.bytes) {
             let body = self.bytes.get(stopped..trailer.body_len() as usize).unwrap_or_default();
-            // Writes end where frames do: the sector that one ended in can be as it left it, however little is missing.
+            // Writes end where frames do, or, when the disk is full, where sectors do: the sector that one ended in can be as
+            // it left it, however little is missing.
             let edge = self.bytes.get(stopped..(stopped / SECTOR + 1) * SECTOR).unwrap_or_default();
             let old_edge = !edge.is_empty() && edge.iter().all(|b| *b == 0);
             if trailer.synced as usize > stopped || !(has_hole(body, stopped) || old_edge) {

@@ -30,7 +30,7 @@ const DELTA_BYTES_MAX: u64 = 64 << 20;
 const BUFFER_LEN: usize = 1 << 20;
 /// So many zeros are laid out at once behind a segment that is synced in small steps: an `fdatasync` within them writes the
 /// data alone, and not the file's new size and blocks as well.
-const LAID_OUT: usize = 256 << 10;
+pub const LAID_OUT: usize = 256 << 10;
 /// Steps of more bytes than this are not small: laying out would write them twice and save next to nothing.
 const SMALL_STEP: u64 = 64 << 10;
 type Create = Box<dyn Fn(&Path) -> io::Result<Arc<dyn DiskFile>> + Send>;
@@ -239,9 +239,15 @@ impl LogWriter {
         let whole = file.write_all_at(&closing.bytes, written).map_err(|(_, e)| e);
         // A segment ends with its trailer: what was laid out behind it goes.
         if let Err(e) = whole.and_then(|()| if open.laid_out > end { file.set_len(end) } else { Ok(()) }) {
-            // Nothing of the index is needed: the next attempt seals it anew, under a key of its own.
-            let _ = file.set_len(written);
-            return Err(self.failed("write", e));
+            let error = self.failed("write", e);
+            // Nothing of the index is needed: the next attempt seals it anew, under a key of its own. What of it reached
+            // the disk must not come back below what is written there next.
+            if file.set_len(written).is_ok() {
+                self.open.iter_mut().for_each(|open| open.laid_out = written);
+                let cut = file.sync().map_err(Error::io(format!("sync {}", segment_name(seq))));
+                cut.inspect_err(|e| self.latch(e))?;
+            }
+            return Err(error);
         }
         let durable = file.sync().map_err(Error::io(format!("sync {}", segment_name(seq)))).and_then(|()| {
             if self.open.as_ref().is_some_and(|o| o.dir_synced) { Ok(()) } else { self.dir.sync_dir("log") }

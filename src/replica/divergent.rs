@@ -11,6 +11,7 @@ use crate::log::segment::{
     TRAILER_LEN, Trailer, UncheckedTrailer, VolumeContext, head_of, segment_name, seq_of_name,
 };
 use crate::log::statedir::StateDir;
+use crate::log::writer::LAID_OUT;
 use crate::log::{Error, Result};
 use crate::ops::names::told;
 use crate::store::overlay::OverlayStore;
@@ -19,6 +20,9 @@ use crate::tree::checkpoint;
 use crate::types::{CommitNo, Epoch, Head, Seq};
 use std::path::PathBuf;
 use std::sync::Arc;
+
+/// A segment that is no more than a mark is not longer, in bytes.
+pub(super) const MARK_MAX: u64 = 64 << 10;
 
 /// Directory of the state directory for what is in nobody's history.
 pub const DIVERGENT: &str = "divergent";
@@ -91,7 +95,7 @@ impl Standing {
 
 /// What lies in the store as segment `seq` and says something about the log.
 pub(super) async fn marked(ctx: &VolumeContext, store: &dyn Store, seq: Seq) -> Result<Marked> {
-    let (bytes, size) = store.get_suffix(&segment_name(seq), 64 << 10).await?;
+    let (bytes, size) = store.get_suffix(&segment_name(seq), MARK_MAX).await?;
     if bytes.len() as u64 != size {
         return Err(Error::Refused(format!("{}: too long for a mark alone", segment_name(seq))));
     }
@@ -178,7 +182,7 @@ pub struct Part {
     pub seq: Seq,
     /// Its file.
     pub file: FileRef,
-    /// Bytes.
+    /// Bytes; of one that a crash left open those that were written.
     pub size: u64,
     /// What its end says; nothing of one that a crash left open.
     pub trailer: Option<Trailer>,
@@ -187,10 +191,16 @@ pub struct Part {
 impl Part {
     fn read(dir: &StateDir, path: PathBuf, seq: Seq) -> Result<Part> {
         let file = dir.file(path);
-        let (tail, size) =
-            file.suffix(TRAILER_LEN as u64).map_err(Error::io(format!("read {}", file.path.display())))?;
-        let trailer = UncheckedTrailer::parse(&tail, "").ok().map(|end| *end.unverified());
-        Ok(Part { seq, file, size, trailer })
+        let suffix =
+            |len| file.suffix(len).map_err(|e| Error::io(format!("read {}", file.path.display()))(e));
+        let (tail, size) = suffix(TRAILER_LEN as u64)?;
+        if let Ok(end) = UncheckedTrailer::parse(&tail, "") {
+            return Ok(Part { seq, file, size, trailer: Some(*end.unverified()) });
+        }
+        // Behind one that was left open lie zeros that were laid out.
+        let (last, _) = suffix(LAID_OUT as u64)?;
+        let zeros = last.iter().rev().take_while(|byte| **byte == 0).count() as u64;
+        Ok(Part { seq, file, size: size - zeros, trailer: None })
     }
 }
 

@@ -2,7 +2,7 @@
 //! Invariant: nothing is shown, put or claimed over a hole that can be known of here. What the store has lost is sent
 //! again where it lies whole on this host; else it is named, with the way out.
 
-use super::divergent::newest_end;
+use super::divergent::{MARK_MAX, newest_end};
 use super::durable::Position;
 use super::opening::{self, Opened};
 use super::proof::ProvenStore;
@@ -16,10 +16,7 @@ use crate::log::statedir::StateDir;
 use crate::log::{ClosedSegment, Error, Result};
 use crate::store::{Store, StoreError};
 use crate::tree::checkpoint::{self, Root};
-use crate::types::{CommitNo, Head, Seq};
-
-/// A segment that is no more than a mark is not longer, in bytes.
-const MARK_MAX: u64 = 64 << 10;
+use crate::types::{CommitNo, Head};
 
 /// A checkpoint is put after the segments that it stands on: one that stands on a segment behind the end of the chain says
 /// that the store has lost that segment.
@@ -79,9 +76,7 @@ pub(super) async fn send_again(
 ) -> Result<()> {
     let Some(newest) = opened.recovered.store_newest else { return Ok(()) };
     let local = &opened.recovered.local;
-    let here = |seq: Seq| local.iter().any(|segment| segment.head.seq == seq);
-    // Only what was sent leaves `log/`.
-    let before = opened.root.and_then(|root| root.replay_prev).filter(|prev| !here(prev.seq));
+    let before = left(opened, local.iter());
     let stored = local.iter().map(|segment| segment.stored).chain(before.map(|prev| prev.seq)).max();
     if stored.is_none_or(|stored| stored <= newest) {
         return Ok(());
@@ -129,10 +124,14 @@ pub(super) fn position(opened: &Opened, sent: &[ClosedSegment], unsent: &[Closed
     let remote = unsent.first().map_or(local, |first| {
         sent.iter().rev().find(|s| s.head.seq < first.head.seq).map_or(CommitNo(0), |s| s.last_commit)
     });
-    // What has left `log/` was sent.
-    let here = |prev: &Head| sent.iter().chain(unsent).any(|s| s.head.seq == prev.seq);
-    let left = opened.root.and_then(|root| root.replay_prev).filter(|prev| !here(prev));
+    let left = left(opened, sent.iter().chain(unsent));
     Position { local, remote, remote_head: sent.last().map(|segment| segment.head).or(left) }
+}
+
+/// The segment that the replay began behind, if it is not among those in `log/`: then it was sent, for nothing else leaves.
+fn left<'a>(opened: &Opened, mut here: impl Iterator<Item = &'a ClosedSegment>) -> Option<Head> {
+    let prev = opened.root.and_then(|root| root.replay_prev)?;
+    (!here.any(|segment| segment.head.seq == prev.seq)).then_some(prev)
 }
 
 /// A claim that a `promote` has left in `log/`, and of which it is not known here whether it won. To go on with it is

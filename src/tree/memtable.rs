@@ -86,6 +86,9 @@ impl Levels<'_> {
     /// The greatest key from `lo` up to, not including, `hi`, with its value.
     pub fn last(&self, lo: &[u8], hi: &[u8]) -> Result<Option<(Key, Value)>> {
         let mut hi = hi.to_vec();
+        // What the pages hold below `hi`; to be looked up. The first time they matter only above what memory has, behind a
+        // deletion all of them do, and are asked once, however many deletions follow.
+        let (mut below, mut known, mut all) = (None, false, false);
         while lo < hi.as_slice() {
             let mut found: Option<(&Key, &Option<Value>)> = None;
             for map in self.maps {
@@ -95,10 +98,15 @@ impl Levels<'_> {
                     found = Some((key, value));
                 }
             }
-            // The pages matter only above what was found in memory.
-            let floor = found.map_or(lo, |(key, _)| key);
-            match (self.tree.last(self.frames, floor, &hi)?, found) {
-                (Some(page), found) if found.is_none_or(|(key, _)| page.0 > *key) => return Ok(Some(page)),
+            let passed = |(key, _): &(Key, Value)| *key >= hi;
+            if !known || below.as_ref().is_some_and(passed) {
+                let floor = found.filter(|_| !all).map_or(lo, |(key, _)| key);
+                below = self.tree.last(self.frames, floor, &hi)?;
+                known = all;
+            }
+            all = true;
+            match (&below, found) {
+                (Some(page), found) if found.is_none_or(|(key, _)| page.0 > *key) => return Ok(below),
                 (_, None) => return Ok(None),
                 (_, Some((key, Some(value)))) => return Ok(Some((key.clone(), value.clone()))),
                 (_, Some((key, None))) => hi.clone_from(key),

@@ -3,7 +3,8 @@
 //! fault model:
 //!
 //! - **Data**: what a file was told since its last sync survives a power cut sector by sector (512 bytes), each write on
-//!   its own, in any order; a sector is as it was at some moment, and a size without its data reads as zeros.
+//!   its own, in any order; a sector is as it was at some moment, and a size without its data reads as zeros, or, in the
+//!   block that a length was cut in, as what lay there.
 //! - **Names**: what a directory was told since its last sync survives up to some point in its order; a rename happens
 //!   whole or not at all, also between two directories.
 //! - **Failing sync**: says `EIO` once. What it should have made durable is durable in part or not at all, and stays
@@ -29,6 +30,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 const SECTOR: u64 = 512;
+/// What a file system allocates at once.
+const BLOCK: usize = 4096;
 /// Free room when there is no want of it.
 const ROOM: u64 = 1 << 40;
 
@@ -128,6 +131,31 @@ fn directories(change: &NameChange) -> Vec<&Path> {
     paths.into_iter().filter_map(|path| path.parent()).collect()
 }
 
+/// What a file had behind a length that it was cut to: until the next sync it can come back, within the block that the
+/// length lies in, with a size that grows over it.
+#[derive(Default)]
+struct Cut {
+    at: usize,
+    bytes: Vec<u8>,
+}
+
+impl Cut {
+    fn by(change: &Change, bytes: &[u8]) -> Cut {
+        let Change::Len(len) = change else { return Cut::default() };
+        let at = *len as usize;
+        let end = at.next_multiple_of(BLOCK).min(bytes.len());
+        Cut { at, bytes: bytes.get(at..end).unwrap_or_default().to_vec() }
+    }
+
+    fn grow(&self, bytes: &mut Vec<u8>, to: u64) {
+        let from = bytes.len();
+        bytes.resize(from.max(to as usize), 0);
+        for (i, byte) in bytes.iter_mut().enumerate().skip(from) {
+            *byte = i.checked_sub(self.at).and_then(|i| self.bytes.get(i)).copied().unwrap_or(0);
+        }
+    }
+}
+
 impl Node {
     /// What a power cut leaves of it.
     fn torn(&self, chance: &Chance) -> Vec<u8> {
@@ -137,6 +165,7 @@ impl Node {
         // A sector is as it was at some moment: with what it was told until then.
         let mut old: BTreeSet<u64> = BTreeSet::new();
         let mut whole = true;
+        let mut cut = Cut::default();
         for change in &self.pending {
             match change {
                 Change::Write(at, data) => {
@@ -147,17 +176,21 @@ impl Node {
                         let to = ((sector + 1) * SECTOR).min(end);
                         if whole && !old.contains(&sector) && chance.per_mille(kept) {
                             let part = data[(from - at) as usize..(to - at) as usize].to_vec();
+                            cut.grow(&mut bytes, from);
                             apply(&mut bytes, &Change::Write(from, part));
                         } else {
                             old.insert(sector);
                             if whole && bytes.len() < to as usize && chance.per_mille(kept) {
-                                bytes.resize(to as usize, 0); // the size without the data
+                                cut.grow(&mut bytes, to); // the size without the data
                             }
                         }
                         from = to;
                     }
                 }
-                other if whole && chance.per_mille(kept) => apply(&mut bytes, other),
+                other if whole && chance.per_mille(kept) => {
+                    cut = Cut::by(other, &bytes);
+                    apply(&mut bytes, other);
+                }
                 // A new length that did not come: nothing that came after it either.
                 _ => whole = false,
             }
@@ -488,8 +521,10 @@ impl DiskFile for SimFile {
         let mut taken = bytes;
         if self.disk.full(&state) {
             self.disk.chance.fault("no room for a write");
-            taken =
-                &bytes[..self.disk.chance.below(bytes.len() as u64 + 1).min(bytes.len() as u64 / 2) as usize];
+            let most = self.disk.chance.below(bytes.len() as u64 + 1).min(bytes.len() as u64 / 2);
+            // Room is given by the block: what there is none for begins where a sector does.
+            let end = (offset + most) / SECTOR * SECTOR;
+            taken = &bytes[..end.saturating_sub(offset) as usize];
             if taken.is_empty() {
                 return Err(io::Error::from_raw_os_error(libc::ENOSPC));
             }

@@ -41,7 +41,8 @@ impl Nonces {
         let ends = |at: usize| at + PREFIX <= whole.len();
         while ends(at) {
             let (kind, len) = prefix(&whole[at..]);
-            if kind == INDEX_KIND || len == 0 {
+            // No kind: zeros that were laid out, perhaps behind the first bytes of an index.
+            if kind == INDEX_KIND || kind == 0 || len == 0 {
                 break;
             }
             let stop = (at + len).min(whole.len());
