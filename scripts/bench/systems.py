@@ -124,7 +124,7 @@ class NullFuse(System):
         took = super().mount()
         # As EmbassyFS asks of the kernel.
         device = os.stat(self.point).st_dev
-        Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb").write_text("4096")
+        Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb").write_text("2048")
         return took
 
     def cold(self):

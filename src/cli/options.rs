@@ -96,7 +96,7 @@ impl Default for MountOptions {
             dev: false,
             exec: true,
             relatime: false,
-            read_ahead: 4 << 20,
+            read_ahead: 2 << 20,
             heartbeat: Some(Duration::from_secs(60)),
             follow: false,
             follow_interval: Duration::from_millis(500),
@@ -132,7 +132,7 @@ pub const KNOWN: &[(&str, &str)] = &[
     ("follow", "read-only: move on with home (default nofollow)"),
     ("follow_interval=TIME", "how often a follower asks the store (default 500ms)"),
     ("supervise", "mount again by itself after a crash of the daemon (default nosupervise)"),
-    ("read_ahead=SIZE", "how far the kernel reads ahead (default 4M; 0: the kernel's own)"),
+    ("read_ahead=SIZE", "how far the kernel reads ahead (default 2M; 0: the kernel's own)"),
 ];
 
 /// Words that are for mount(8), libmount or systemd; the mount helper may see them.

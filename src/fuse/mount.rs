@@ -53,7 +53,7 @@ impl MountSettings {
             dev: false,
             exec: true,
             relatime: false,
-            read_ahead_kib: 4096,
+            read_ahead_kib: 2048,
         }
     }
 
