@@ -33,6 +33,8 @@ const BUFFER_LEN: usize = 1 << 20;
 pub const LAID_OUT: usize = 256 << 10;
 /// Steps of more bytes than this are not small: laying out would write them twice and save next to nothing.
 const SMALL_STEP: u64 = 64 << 10;
+/// A page of zeros.
+const PAGE: [u8; 4096] = [0; 4096];
 type Create = Box<dyn Fn(&Path) -> io::Result<Arc<dyn DiskFile>> + Send>;
 
 /// The one writer of a volume's log on this host.
@@ -419,11 +421,21 @@ impl OpenSegment {
     fn lay_out(&mut self) {
         let step = self.written - self.synced;
         if self.synced > 0 && self.written > self.laid_out && step > 0 && step <= SMALL_STEP {
-            let done = match self.file.write_all_at(&vec![0; LAID_OUT], self.written) {
-                Ok(()) => LAID_OUT,
-                Err((done, _)) => done,
-            };
-            self.laid_out = self.written + done as u64;
+            // Page by page: what is written at once may become one folio of the kernel's, which is then accounted for, and
+            // handled, as a whole for each small step within it.
+            let mut end = self.written;
+            let to = (end + LAID_OUT as u64) / PAGE.len() as u64 * PAGE.len() as u64;
+            while end < to {
+                let piece = PAGE.len() - (end % PAGE.len() as u64) as usize;
+                match self.file.write_all_at(&PAGE[..piece], end) {
+                    Ok(()) => end += piece as u64,
+                    Err((done, _)) => {
+                        end += done as u64;
+                        break;
+                    }
+                }
+            }
+            self.laid_out = end;
         }
     }
 
