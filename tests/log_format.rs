@@ -3,11 +3,13 @@
 
 #![allow(clippy::unwrap_used)] // a test's helpers may
 
+#[path = "common/forge.rs"]
+mod forge;
+
 use bytes::Bytes;
 use embassyfs::clock::{Clock, Env, Random};
-use embassyfs::crypto::keys::{Purpose, VolumeKey};
+use embassyfs::crypto::keys::Purpose;
 use embassyfs::crypto::seal::{Sealer, TAG_LEN};
-use embassyfs::crypto::sign::SecretKey;
 use embassyfs::log::chain::ChainStart;
 use embassyfs::log::claim::{About, Mark, Put, read_marked};
 use embassyfs::log::reader::{FrameReader, ReaderLimits};
@@ -16,7 +18,7 @@ use embassyfs::log::segment::{HEADER_LEN, Kind, TRAILER_LEN, VolumeContext};
 use embassyfs::log::statedir::StateDir;
 use embassyfs::log::writer::LogWriter;
 use embassyfs::log::{Append, Frames};
-use embassyfs::types::{CommitNo, Epoch, FrameKind, FramePtr, Hash, Head, Seq, Timestamp, VolumeId};
+use embassyfs::types::{CommitNo, Epoch, FrameKind, FramePtr, Hash, Head, Seq, Timestamp};
 use std::fmt::Display;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -51,14 +53,7 @@ fn env() -> Env {
 }
 
 fn volume() -> Arc<VolumeContext> {
-    let signer = SecretKey::from_bytes(&[0x5e; 32]);
-    Arc::new(VolumeContext {
-        id: VolumeId(*b"embassyfs-volume"),
-        key: VolumeKey::from_bytes([0x4b; 32]),
-        key_id: 7,
-        writer_public: signer.public(),
-        signer: Some(signer),
-    })
+    Arc::new(forge::volume())
 }
 
 const DATA: &[u8] = b"Every state keeps registers.";

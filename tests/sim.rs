@@ -32,6 +32,8 @@ mod cuts;
 mod disk;
 #[path = "model/ends.rs"]
 mod ends;
+#[path = "common/forge.rs"]
+mod forge;
 #[path = "sim/host.rs"]
 mod host;
 #[path = "sim/life.rs"]

@@ -3,11 +3,11 @@
 //! count of live bytes has changed by exactly what was added and freed.
 
 use super::commit::{Shipping, Taken};
-use super::extents::{offset_of, scan_from, stored_extent};
+use super::extents::{first_touching, stored_extent};
 use crate::log::{self, Frames};
 use crate::tree::btree::Tree;
 use crate::tree::delta::{Delta, Value};
-use crate::tree::key::{self, Key};
+use crate::tree::key::{self, Key, KeyRange};
 use crate::tree::memtable::Levels;
 use crate::tree::value::Extent;
 use crate::types::{FramePtr, Ino};
@@ -65,7 +65,8 @@ impl<'a> ExtentEdit<'a> {
     }
 
     fn punch(&mut self, ino: Ino, range: Range<u64>) -> log::Result<()> {
-        let mut from = self.first_touching(ino, range.start)?;
+        let last = |keys: KeyRange| Ok(self.look(|levels| levels.last(&keys.start, &keys.end))?);
+        let mut from = first_touching(ino, range.start, self.record, last).map_err(into_log)?;
         loop {
             let found = self.extents(ino, from..range.end)?;
             for (key, value) in &found {
@@ -100,16 +101,6 @@ impl<'a> ExtentEdit<'a> {
             && end <= range.end
         {
             self.dead.push(*ptr);
-        }
-    }
-
-    /// Where the extent starts that may cover `at`: the last one that begins up to there, if its record has one. A record
-    /// can have hundreds of small ones, as when lines are appended to a log, each with a commit of its own.
-    fn first_touching(&self, ino: Ino, at: u64) -> log::Result<u64> {
-        let range = key::extents(ino, scan_from(at, self.record)..at.saturating_add(1));
-        match self.look(|levels| levels.last(&range.start, &range.end))? {
-            Some((key, _)) => offset_of(&key).map_err(into_log),
-            None => Ok(at),
         }
     }
 

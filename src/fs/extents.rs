@@ -8,7 +8,7 @@ use super::state::State;
 use super::{Fs, MAX_FILE_SIZE};
 use crate::log;
 use crate::tree::delta::Value;
-use crate::tree::key::{self, Key, KeyRef};
+use crate::tree::key::{self, Key, KeyRange, KeyRef};
 use crate::tree::value::Extent;
 use crate::types::{FramePtr, Ino};
 use std::ops::Range;
@@ -62,6 +62,21 @@ pub(super) fn stored_extent<'a>(key: &[u8], value: &'a [u8]) -> Result<(u64, Ext
 /// First offset at which an extent that touches `offset` can start.
 pub(super) fn scan_from(offset: u64, record: u64) -> u64 {
     offset - offset % record
+}
+
+/// Where the extent starts that covers `at`, or else the last one before it in its record, or `at`. Extents do not
+/// overlap, so that no other one before `at` touches it; a record can have hundreds of small ones. `last` gives the
+/// greatest key in a range.
+pub(super) fn first_touching(
+    ino: Ino,
+    at: u64,
+    record: u64,
+    last: impl FnOnce(KeyRange) -> Result<Option<(Key, Value)>>,
+) -> Result<u64> {
+    match last(key::extents(ino, scan_from(at, record)..at.saturating_add(1)))? {
+        Some((key, _)) => offset_of(&key),
+        None => Ok(at),
+    }
 }
 
 impl Fs {
@@ -139,14 +154,8 @@ impl Fs {
         state.range(&*self.frames, key::extents(ino, from..range.end), usize::MAX)
     }
 
-    /// Where the extent starts that covers `at`, or else the last one before it in its record, or `at`. Extents do not
-    /// overlap, so that no other one before `at` touches it.
     fn first_touching(&self, state: &State, ino: Ino, at: u64) -> Result<u64> {
-        let from = scan_from(at, self.settings.record_size);
-        match state.last(&*self.frames, key::extents(ino, from..at + 1))? {
-            Some((key, _)) => offset_of(&key),
-            None => Ok(at),
-        }
+        first_touching(ino, at, self.settings.record_size, |range| state.last(&*self.frames, range))
     }
 
     /// The stretch that begins at `at`: what it is, and where it ends (never past `end`).

@@ -11,6 +11,7 @@ use super::segment::{
     VolumeContext,
 };
 use super::statedir::StateDir;
+use super::writer::written_len;
 use super::{ClosedSegment, Error, Result};
 use crate::clock::Env;
 use crate::crypto::{Hasher, hash};
@@ -75,7 +76,7 @@ impl Torn {
             dir.sync_dir("log")?;
             return Ok(None);
         };
-        let written = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+        let written = written_len(&bytes);
         ::log::info!("{}: closed after a crash, {} of {written} bytes kept", path.display(), self.end);
         let mut hasher = Hasher::default();
         hasher.update(bytes.get(..self.end).unwrap_or_default());

@@ -37,6 +37,11 @@ const SMALL_STEP: u64 = 64 << 10;
 const PAGE: [u8; 4096] = [0; 4096];
 type Create = Box<dyn Fn(&Path) -> io::Result<Arc<dyn DiskFile>> + Send>;
 
+/// How many of the last bytes of an open segment, or of all, were written: behind them lie zeros that were laid out.
+pub fn written_len(bytes: &[u8]) -> usize {
+    bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1)
+}
+
 /// The one writer of a volume's log on this host.
 pub struct LogWriter {
     dir: Arc<StateDir>,

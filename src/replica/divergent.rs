@@ -11,7 +11,7 @@ use crate::log::segment::{
     TRAILER_LEN, Trailer, UncheckedTrailer, VolumeContext, head_of, segment_name, seq_of_name,
 };
 use crate::log::statedir::StateDir;
-use crate::log::writer::LAID_OUT;
+use crate::log::writer::{LAID_OUT, written_len};
 use crate::log::{Error, Result};
 use crate::ops::names::told;
 use crate::store::overlay::OverlayStore;
@@ -199,8 +199,8 @@ impl Part {
         }
         // Behind one that was left open lie zeros that were laid out.
         let (last, _) = suffix(LAID_OUT as u64)?;
-        let zeros = last.iter().rev().take_while(|byte| **byte == 0).count() as u64;
-        Ok(Part { seq, file, size: size - zeros, trailer: None })
+        let zeros = last.len() - written_len(&last);
+        Ok(Part { seq, file, size: size - zeros as u64, trailer: None })
     }
 }
 

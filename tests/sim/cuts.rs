@@ -3,31 +3,19 @@
 
 use super::common::World;
 use super::disk::SimDisk;
-use embassyfs::crypto::keys::VolumeKey;
-use embassyfs::crypto::sign::SecretKey;
+use super::forge;
 use embassyfs::log::chain::ChainStart;
 use embassyfs::log::recovery::{Role, Step, recover};
 use embassyfs::log::segment::VolumeContext;
 use embassyfs::log::statedir::StateDir;
 use embassyfs::log::writer::LogWriter;
 use embassyfs::log::{Append, Result};
-use embassyfs::types::{CommitNo, Epoch, FrameKind, Seq, Timestamp, VolumeId};
+use embassyfs::types::{CommitNo, Epoch, FrameKind, Seq, Timestamp};
 use std::sync::Arc;
 
 const SEEDS: u64 = 1500;
 /// Commits that are synced, each by itself, so that zeros are laid out behind the segment.
 const SYNCED: u64 = 4;
-
-fn volume() -> Arc<VolumeContext> {
-    let signer = SecretKey::from_bytes(&[0x5e; 32]);
-    Arc::new(VolumeContext {
-        id: VolumeId(*b"embassyfs-volume"),
-        key: VolumeKey::from_bytes([0x4b; 32]),
-        key_id: 7,
-        writer_public: signer.public(),
-        signer: Some(signer),
-    })
-}
 
 fn time(no: u64) -> Timestamp {
     Timestamp { secs: no.cast_signed(), nanos: 0 }
@@ -60,7 +48,7 @@ fn newest(world: &World, ctx: &Arc<VolumeContext>, disk: &SimDisk) -> Result<Com
 
 #[test]
 fn the_power_may_go_again_while_the_end_of_the_log_is_mended() {
-    let ctx = volume();
+    let ctx = Arc::new(forge::volume());
     for seed in 0..SEEDS {
         let world = World::new(seed, embassyfs::log::volume::Parameters::default(), time(0));
         let mut disk = SimDisk::new(world.dir.path(), &world).without_rests();
