@@ -79,7 +79,8 @@ impl Page {
         if self.level == 0 || value.len() != PTR_LEN {
             return Err(damaged(self.at, format!("entry {i} does not point to a page")));
         }
-        Reader::new(value, &name_of(self.at)).ptr()
+        // Its name is made only for an error: this is on the way of every lookup.
+        Reader::new(value, "entry").ptr().map_err(|e| damaged(self.at, format!("entry {i}: {e}")))
     }
 
     /// The entry with `key` (`Ok`), or the place where it would be (`Err`).
