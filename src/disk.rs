@@ -7,7 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -27,6 +27,8 @@ pub enum Mode {
     Replace,
     /// Made; an error if it is there.
     CreateNew,
+    /// To be changed, past the cache: whole blocks, from memory that is aligned as they are. It is there.
+    Direct,
 }
 
 /// Files and directories by their path.
@@ -162,6 +164,7 @@ impl Disk for SystemDisk {
         match mode {
             Mode::Read => options.read(true),
             Mode::Write => options.write(true),
+            Mode::Direct => options.write(true).custom_flags(libc::O_DIRECT),
             Mode::WriteOrCreate => options.write(true).create(true).truncate(false),
             Mode::Replace => options.write(true).create(true).truncate(true),
             Mode::CreateNew => options.read(true).write(true).create_new(true),

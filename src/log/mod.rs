@@ -17,6 +17,7 @@ pub mod reader;
 pub mod recovery;
 pub mod segment;
 pub mod statedir;
+mod steps;
 #[cfg(test)]
 mod testing;
 mod torn;
@@ -24,6 +25,7 @@ pub mod volume;
 pub mod writer;
 
 pub use blocks::BLOCK_LEN;
+pub use steps::LAID_OUT;
 
 use crate::store::StoreError;
 use crate::types::{CommitNo, FrameKind, FramePtr, Head, Seq, Timestamp};

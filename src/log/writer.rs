@@ -14,6 +14,7 @@ use super::segment::{
     VolumeContext, segment_name,
 };
 use super::statedir::StateDir;
+use super::steps::Steps;
 use super::{Append, ClosedSegment, Error, Result};
 use crate::clock::Env;
 use crate::crypto::Hasher;
@@ -28,13 +29,6 @@ use std::sync::Arc;
 const DELTA_BYTES_MAX: u64 = 64 << 20;
 /// The buffer is written out when it holds this many bytes.
 const BUFFER_LEN: usize = 1 << 20;
-/// So many zeros are laid out at once behind a segment that is synced in small steps: an `fdatasync` within them writes the
-/// data alone, and not the file's new size and blocks as well.
-pub const LAID_OUT: usize = 256 << 10;
-/// Steps of more bytes than this are not small: laying out would write them twice and save next to nothing.
-const SMALL_STEP: u64 = 64 << 10;
-/// A page of zeros.
-const PAGE: [u8; 4096] = [0; 4096];
 type Create = Box<dyn Fn(&Path) -> io::Result<Arc<dyn DiskFile>> + Send>;
 
 /// How many of the last bytes of an open segment, or of all, were written: behind them lie zeros that were laid out.
@@ -64,8 +58,7 @@ struct OpenSegment {
     /// Sealed bytes that follow the first `written` ones of the file.
     buffer: Vec<u8>,
     written: u64,
-    /// The file is at least so long; behind what is written it holds zeros.
-    laid_out: u64,
+    steps: Steps,
     /// Bytes known durable.
     synced: u64,
     dir_synced: bool,
@@ -73,28 +66,6 @@ struct OpenSegment {
     delta_bytes: u64,
     hasher: Hasher,
     index: Index,
-}
-
-/// What is needed to make the log durable up to some point without holding the writer.
-pub struct SyncPoint {
-    seq: Seq,
-    up_to: u64,
-    file: Arc<dyn DiskFile>,
-    dir: Option<Arc<StateDir>>,
-    outcome: Option<Result<()>>,
-}
-
-impl SyncPoint {
-    /// Waits for the disk. Whatever comes of it, hand the point back to [`LogWriter::synced`].
-    pub fn wait(&mut self) {
-        let sync = || {
-            if let Some(dir) = &self.dir {
-                dir.sync_dir("log")?;
-            }
-            self.file.sync().map_err(Error::io(format!("sync {}", segment_name(self.seq))))
-        };
-        self.outcome = Some(sync());
-    }
 }
 
 impl LogWriter {
@@ -173,52 +144,31 @@ impl LogWriter {
         }
     }
 
-    /// Makes everything appended so far durable.
+    /// Makes everything appended so far durable. A failure of the disk latches the writer: what reached it is not known
+    /// any more, and asking again would get a false yes.
     pub fn sync(&mut self) -> Result<()> {
-        match self.sync_point()? {
-            Some(mut point) => {
-                point.wait();
-                self.synced(point)
-            }
-            None => Ok(()),
+        self.check_latch()?;
+        let Some(open) = &mut self.open else { return Ok(()) };
+        if let Err(e) = open.write_step() {
+            return Err(self.failed("write", e));
         }
-    }
-
-    /// Writes out the buffer and hands out what makes everything appended so far durable; `None` when it is.
-    pub fn sync_point(&mut self) -> Result<Option<SyncPoint>> {
-        self.flush()?;
-        if let Some(open) = &mut self.open {
-            open.lay_out();
+        let (dir, seq) = (&self.dir, open.seq);
+        let direct = || dir.disk().open(&dir.log_path(seq), Mode::Direct);
+        open.steps.lay_out(&*open.file, (open.synced, open.written), direct);
+        if open.synced == open.written && open.dir_synced {
+            return Ok(());
         }
-        let dir = &self.dir;
-        Ok(self.open.as_ref().filter(|open| open.synced < open.written || !open.dir_synced).map(|open| {
-            SyncPoint {
-                seq: open.seq,
-                up_to: open.written,
-                file: open.file.clone(),
-                dir: (!open.dir_synced).then(|| dir.clone()),
-                outcome: None,
+        let synced = if open.dir_synced { Ok(()) } else { self.dir.sync_dir("log") };
+        let wrap = |e| Error::io(format!("sync {}", segment_name(seq)))(e);
+        match synced.and_then(|()| open.file.sync().map_err(wrap)) {
+            Ok(()) => {
+                (open.synced, open.dir_synced) = (open.written, true);
+                Ok(())
             }
-        }))
-    }
-
-    /// Takes note of what came of a sync point. A failed one latches the writer: what reached the disk is not
-    /// known any more, and asking again would get a false yes.
-    pub fn synced(&mut self, point: SyncPoint) -> Result<()> {
-        match point.outcome {
-            Some(Ok(())) => {
-                // A segment that was closed meanwhile is durable as a whole.
-                if let Some(open) = self.open.as_mut().filter(|open| open.seq == point.seq) {
-                    open.synced = open.synced.max(point.up_to);
-                    open.dir_synced |= point.dir.is_some();
-                }
-                self.check_latch()
-            }
-            Some(Err(e)) => {
+            Err(e) => {
                 self.latch(&e);
                 Err(e)
             }
-            None => Err(Error::Refused("a sync point came back without having been waited for".into())),
         }
     }
 
@@ -245,12 +195,14 @@ impl LogWriter {
         let end = written + closing.bytes.len() as u64;
         let whole = file.write_all_at(&closing.bytes, written).map_err(|(_, e)| e);
         // A segment ends with its trailer: what was laid out behind it goes.
-        if let Err(e) = whole.and_then(|()| if open.laid_out > end { file.set_len(end) } else { Ok(()) }) {
+        if let Err(e) =
+            whole.and_then(|()| if open.steps.laid_out() > end { file.set_len(end) } else { Ok(()) })
+        {
             let error = self.failed("write", e);
             // Nothing of the index is needed: the next attempt seals it anew, under a key of its own. What of it reached
             // the disk must not come back below what is written there next.
             if file.set_len(written).is_ok() {
-                self.open.iter_mut().for_each(|open| open.laid_out = written);
+                self.open.iter_mut().for_each(|open| open.steps.cut(written));
                 let cut = file.sync().map_err(Error::io(format!("sync {}", segment_name(seq))));
                 cut.inspect_err(|e| self.latch(e))?;
             }
@@ -387,7 +339,7 @@ impl LogWriter {
             cipher: SegmentCipher::new(&self.ctx, header),
             buffer,
             written: 0,
-            laid_out: 0,
+            steps: Steps::default(),
             synced: 0,
             dir_synced: false,
             delta_bytes: 0,
@@ -422,26 +374,13 @@ impl OpenSegment {
         ptr
     }
 
-    /// Lays out zeros where the next small steps will write. That the disk has no room for them is not yet an error.
-    fn lay_out(&mut self) {
-        let step = self.written - self.synced;
-        if self.synced > 0 && self.written > self.laid_out && step > 0 && step <= SMALL_STEP {
-            // Page by page: what is written at once may become one folio of the kernel's, which is then accounted for, and
-            // handled, as a whole for each small step within it.
-            let mut end = self.written;
-            let to = (end + LAID_OUT as u64) / PAGE.len() as u64 * PAGE.len() as u64;
-            while end < to {
-                let piece = PAGE.len() - (end % PAGE.len() as u64) as usize;
-                match self.file.write_all_at(&PAGE[..piece], end) {
-                    Ok(()) => end += piece as u64,
-                    Err((done, _)) => {
-                        end += done as u64;
-                        break;
-                    }
-                }
-            }
-            self.laid_out = end;
+    /// Writes out the buffer for a sync that follows at once.
+    fn write_step(&mut self) -> io::Result<()> {
+        match self.steps.write(&self.buffer, (self.synced, self.written))? {
+            true => self.wrote(self.buffer.len()),
+            false => self.flush()?,
         }
+        Ok(())
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -450,10 +389,17 @@ impl OpenSegment {
             Ok(()) => self.buffer.len(),
             Err((done, _)) => *done,
         };
-        self.hasher.update(&self.buffer[..done]);
-        self.written += done as u64;
-        self.buffer.drain(..done);
+        self.wrote(done);
         outcome.map_err(|(_, e)| e)
+    }
+
+    /// Takes note that the first `len` bytes of the buffer are in the file.
+    fn wrote(&mut self, len: usize) {
+        let bytes = &self.buffer[..len];
+        self.hasher.update(bytes);
+        self.written += len as u64;
+        self.steps.wrote(bytes, self.written);
+        self.buffer.drain(..len);
     }
 }
 

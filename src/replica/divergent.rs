@@ -11,8 +11,8 @@ use crate::log::segment::{
     TRAILER_LEN, Trailer, UncheckedTrailer, VolumeContext, head_of, segment_name, seq_of_name,
 };
 use crate::log::statedir::StateDir;
-use crate::log::writer::{LAID_OUT, written_len};
 use crate::log::{Error, Result};
+use crate::log::{LAID_OUT, writer::written_len};
 use crate::ops::names::told;
 use crate::store::overlay::OverlayStore;
 use crate::store::{Store, StoreError};

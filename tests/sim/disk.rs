@@ -393,7 +393,7 @@ impl Disk for SimDisk {
                 node
             }
             (Some(node), _) => node,
-            (None, Mode::Read | Mode::Write) => return Err(missing()),
+            (None, Mode::Read | Mode::Write | Mode::Direct) => return Err(missing()),
             (None, _) => {
                 let mut state = self.call("create", path, &[])?;
                 if !path.parent().is_some_and(|dir| state.dirs.contains(dir)) {
@@ -410,7 +410,12 @@ impl Disk for SimDisk {
                 node
             }
         };
-        Ok(Arc::new(SimFile { disk: self.clone(), node, path: path.to_owned() }))
+        Ok(Arc::new(SimFile {
+            disk: self.clone(),
+            node,
+            path: path.to_owned(),
+            direct: mode == Mode::Direct,
+        }))
     }
 
     fn create_dirs(&self, path: &Path) -> io::Result<()> {
@@ -504,6 +509,7 @@ struct SimFile {
     disk: SimDisk,
     node: u64,
     path: PathBuf,
+    direct: bool,
 }
 
 impl SimFile {
@@ -517,6 +523,10 @@ impl SimFile {
 
 impl DiskFile for SimFile {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        let whole = [offset, bytes.len() as u64, bytes.as_ptr().addr() as u64].iter().all(|n| n % 4096 == 0);
+        if self.direct && !whole {
+            return Err(ErrorKind::InvalidInput.into());
+        }
         let mut state = self.disk.call("write", &self.path, bytes)?;
         let mut taken = bytes;
         if self.disk.full(&state) {
