@@ -14,6 +14,13 @@ use std::sync::Arc;
 /// Writes of at least this many bytes are on their way to the disk before anybody waits for them.
 const WRITEBACK_MIN: usize = 512 << 10;
 
+/// Past the kernel's cache a file is written in blocks of this length, at multiples of it, from memory at a multiple of it,
+/// and read likewise: as much as any disk's sector.
+pub const ALIGN: usize = 4096;
+
+/// The number of cachestat(2), one of those that all of Linux's architectures but Alpha and MIPS share.
+const CACHESTAT: libc::c_long = 451;
+
 /// How a file is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
@@ -27,8 +34,10 @@ pub enum Mode {
     Replace,
     /// Made; an error if it is there.
     CreateNew,
-    /// To be changed, past the cache: whole blocks, from memory that is aligned as they are. It is there.
+    /// To be changed, past the kernel's cache, in whole blocks (see [`ALIGN`]); it is there.
     Direct,
+    /// To be read, past the kernel's cache; sectors may do instead of blocks. It is there.
+    ReadDirect,
 }
 
 /// Files and directories by their path.
@@ -75,6 +84,10 @@ pub trait DiskFile: Send + Sync {
     fn punch(&self, range: Range<u64>) -> io::Result<()>;
     /// The stretches that are not holes.
     fn data_ranges(&self) -> io::Result<Vec<Range<u64>>>;
+    /// False when the kernel's cache is known to hold less than half of `range`.
+    fn is_cached(&self, _range: &Range<u64>) -> bool {
+        true
+    }
 }
 
 impl dyn DiskFile + '_ {
@@ -165,6 +178,7 @@ impl Disk for SystemDisk {
             Mode::Read => options.read(true),
             Mode::Write => options.write(true),
             Mode::Direct => options.write(true).custom_flags(libc::O_DIRECT),
+            Mode::ReadDirect => options.read(true).custom_flags(libc::O_DIRECT),
             Mode::WriteOrCreate => options.write(true).create(true).truncate(false),
             Mode::Replace => options.write(true).create(true).truncate(true),
             Mode::CreateNew => options.read(true).write(true).create_new(true),
@@ -283,6 +297,18 @@ impl DiskFile for File {
             at = end;
         }
         Ok(ranges)
+    }
+
+    /// cachestat(2), Linux 6.5.
+    fn is_cached(&self, range: &Range<u64>) -> bool {
+        let (asked, mut found) = ([range.start, range.end - range.start], [0u64; 5]);
+        // SAFETY: the descriptor is open, and both arrays are laid out as, and as long as, the structures of the call.
+        let result = unsafe {
+            libc::syscall(CACHESTAT, self.as_raw_fd(), asked.as_ptr(), found.as_mut_ptr(), 0 as libc::c_uint)
+        };
+        // SAFETY: no pointers are passed.
+        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.cast_unsigned();
+        result != 0 || found[0].saturating_mul(2 * page) >= range.end - range.start
     }
 }
 

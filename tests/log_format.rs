@@ -17,7 +17,7 @@ use embassyfs::log::recovery::{Role, Step, recover};
 use embassyfs::log::segment::{HEADER_LEN, Kind, TRAILER_LEN, VolumeContext};
 use embassyfs::log::statedir::StateDir;
 use embassyfs::log::writer::LogWriter;
-use embassyfs::log::{Append, Frames};
+use embassyfs::log::{Append, Frames, Part};
 use embassyfs::types::{CommitNo, Epoch, FrameKind, FramePtr, Hash, Head, Seq, Timestamp};
 use std::fmt::Display;
 use std::path::PathBuf;
@@ -236,7 +236,7 @@ fn a_frame_in_blocks_is_written_and_read_as_the_format_document_says() {
     let reader = FrameReader::new(dir, volume(), None, env(), limits).unwrap();
     assert_eq!(reader.get(ptr, FrameKind::Data).unwrap(), plain);
     let mut part = Vec::new();
-    reader.part_onto(ptr, BLOCK as u32 - 1, 3, &mut part).unwrap();
+    reader.parts_onto(&[Part { ptr, from: BLOCK as u32 - 1, len: 3 }], &mut part).unwrap();
     assert_eq!(part, plain[BLOCK - 1..BLOCK + 2]);
 
     let frame = &segment[96..96 + u32_at(&segment, 96) as usize];

@@ -7,7 +7,7 @@ use super::extents::{Piece, Source};
 use super::inode::clear_set_id;
 use super::state::Tx;
 use super::{Fs, MAX_FILE_SIZE};
-use crate::log::{self, BLOCK_LEN};
+use crate::log::{self, BLOCK_LEN, Part};
 use crate::tree::value::{FileType, SPARSE};
 use crate::types::{FramePtr, Ino};
 use bytes::Bytes;
@@ -65,17 +65,21 @@ impl Fs {
         let total: u64 = pieces.iter().map(|p| p.len).sum();
         // A frame opens its last block whole before what was not asked for is cut off.
         let (mut out, mut missing) = (Vec::with_capacity(total as usize + BLOCK_LEN), Vec::new());
-        for piece in pieces {
-            let len = piece.len as usize;
-            match &piece.source {
-                Source::Memory(data, from) => out.extend_from_slice(&data[*from..from + len]),
-                Source::Hole => out.resize(out.len() + len, 0),
-                Source::Frame(ptr, from) => match self.frames.part_onto(*ptr, *from, piece.len, &mut out) {
-                    Ok(()) => {}
-                    // All of them are asked for at once.
-                    Err(log::Error::Missing(ptrs)) => missing.extend(ptrs),
-                    Err(e) => return Err(e.into()),
-                },
+        for run in pieces.chunk_by(|a, b| a.part().is_some() && b.part().is_some()) {
+            let parts: Vec<Part> = run.iter().filter_map(Piece::part).collect();
+            match self.frames.parts_onto(&parts, &mut out) {
+                Ok(()) => {}
+                // All of them are asked for at once.
+                Err(log::Error::Missing(ptrs)) => missing.extend(ptrs),
+                Err(e) => return Err(e.into()),
+            }
+            for piece in run {
+                let len = piece.len as usize;
+                match &piece.source {
+                    Source::Memory(data, from) => out.extend_from_slice(&data[*from..from + len]),
+                    Source::Hole => out.resize(out.len() + len, 0),
+                    Source::Frame(..) => {}
+                }
             }
         }
         if !missing.is_empty() {
@@ -93,13 +97,7 @@ impl Fs {
             return Ok(Vec::new());
         }
         let pieces = self.pieces(&state, ino, range)?;
-        Ok(pieces
-            .iter()
-            .filter_map(|p| match p.source {
-                Source::Frame(ptr, _) => Some(ptr),
-                _ => None,
-            })
-            .collect())
+        Ok(pieces.iter().filter_map(|piece| piece.part().map(|part| part.ptr)).collect())
     }
 
     /// Writes `data` at `offset`. `kill` clears set-id bits (the writer lacks CAP_FSETID).

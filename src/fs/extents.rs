@@ -6,7 +6,7 @@ use super::dirty::Run;
 use super::error::{Result, of};
 use super::state::State;
 use super::{Fs, MAX_FILE_SIZE};
-use crate::log;
+use crate::log::{self, Part};
 use crate::tree::delta::Value;
 use crate::tree::key::{self, Key, KeyRange, KeyRef};
 use crate::tree::value::Extent;
@@ -37,6 +37,16 @@ pub(super) struct Piece {
     pub start: u64,
     pub len: u64,
     pub source: Source,
+}
+
+impl Piece {
+    /// The part of a frame that it is, if it is one.
+    pub fn part(&self) -> Option<Part> {
+        match self.source {
+            Source::Frame(ptr, from) => Some(Part { ptr, from, len: self.len }),
+            _ => None,
+        }
+    }
 }
 
 /// The file offset at which the extent with this key starts.

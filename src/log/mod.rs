@@ -13,6 +13,7 @@ mod frame;
 mod gather;
 mod index;
 pub mod listing;
+mod parts;
 pub mod reader;
 pub mod recovery;
 pub mod segment;
@@ -30,6 +31,7 @@ pub use steps::LAID_OUT;
 use crate::store::StoreError;
 use crate::types::{CommitNo, FrameKind, FramePtr, Head, Seq, Timestamp};
 use bytes::Bytes;
+use std::ops::Range;
 
 /// What can go wrong in the log and in everything that stands on it.
 #[derive(Debug, thiserror::Error)]
@@ -136,23 +138,56 @@ pub trait Frames: Send + Sync {
     /// The plain bytes of the frame at `ptr`, which must be of `kind`.
     fn get(&self, ptr: FramePtr, kind: FrameKind) -> Result<Bytes>;
 
-    /// Appends `len` plain bytes of the data frame at `ptr`, from `from` on, to `out`; on an error nothing. It may cost less
-    /// than all of them.
-    fn part_onto(&self, ptr: FramePtr, from: u32, len: u64, out: &mut Vec<u8>) -> Result<()> {
-        out.extend_from_slice(&part_of(&self.get(ptr, FrameKind::Data)?, ptr, from, len)?);
-        Ok(())
+    /// Appends the first of `parts` to `out`, as many as cost less together than one by one, and less than all of their
+    /// frames; says how many.
+    fn run_onto(&self, _parts: &[Part], _out: &mut Vec<u8>) -> usize {
+        0
+    }
+
+    /// Appends parts of data frames to `out`, one after the other. On an error `out` has some of them. When frames are
+    /// [`Error::Missing`], all of them are named.
+    fn parts_onto(&self, mut parts: &[Part], out: &mut Vec<u8>) -> Result<()> {
+        let mut missing = Vec::new();
+        while let Some((part, rest)) = parts.split_first() {
+            let read = self.run_onto(parts, out);
+            if read > 0 {
+                parts = parts.get(read..).unwrap_or_default();
+                continue;
+            }
+            match self.get(part.ptr, FrameKind::Data) {
+                Ok(plain) => out.extend_from_slice(part.of(&plain)?),
+                Err(Error::Missing(ptrs)) => missing.extend(ptrs),
+                Err(e) => return Err(e),
+            }
+            parts = rest;
+        }
+        if missing.is_empty() { Ok(()) } else { Err(Error::Missing(missing)) }
     }
 }
 
-/// The part of an opened frame that an extent refers to; the lengths come from the tree and are checked here.
-fn part_of(plain: &Bytes, ptr: FramePtr, from: u32, len: u64) -> Result<Bytes> {
-    let start = from as usize;
-    match start.checked_add(len as usize) {
-        Some(end) if end <= plain.len() => Ok(plain.slice(start..end)),
-        _ => Err(Error::corrupt(
-            format!("frame {ptr:?}"),
-            format!("an extent refers to {len} bytes at {from} of a frame of {} bytes", plain.len()),
-        )),
+/// The part of a data frame that an extent refers to: `len` plain bytes from `from` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// The frame.
+    pub ptr: FramePtr,
+    /// The first byte.
+    pub from: u32,
+    /// Bytes.
+    pub len: u64,
+}
+
+impl Part {
+    fn range(&self) -> Range<usize> {
+        self.from as usize..(self.from as usize).saturating_add(self.len as usize)
+    }
+
+    /// Cuts it out of the opened frame; the lengths come from the tree and are checked here.
+    fn of<'a>(&self, plain: &'a Bytes) -> Result<&'a [u8]> {
+        let (Part { ptr, from, len }, all) = (self, plain.len());
+        plain.get(self.range()).ok_or_else(|| {
+            let detail = format!("an extent refers to {len} bytes at {from} of a frame of {all} bytes");
+            Error::corrupt(format!("frame {ptr:?}"), detail)
+        })
     }
 }
 

@@ -5,11 +5,11 @@
 //! never changed here.
 
 use super::ahead::ReadAhead;
-use super::blocks::Layout;
 use super::gather::{coalesce, cut};
+use super::parts::SegmentFile;
 use super::segment::{HEADER_LEN, Header, SegmentCipher, UncheckedHeader, VolumeContext, segment_name};
 use super::statedir::StateDir;
-use super::{Error, Frames, Result, part_of};
+use super::{Error, Frames, Part, Result};
 use crate::cache::frames::FrameCache;
 use crate::cache::ranges::Ranges;
 use crate::clock::Env;
@@ -20,7 +20,6 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use lru::LruCache;
 use parking_lot::Mutex;
-use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io::ErrorKind;
 use std::num::NonZeroUsize;
@@ -35,11 +34,6 @@ const CIPHERS_KEPT: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
 /// Hints about dead frames beyond this number are dropped: eviction finds those bytes by age.
 const DEAD_HINTS_MAX: usize = 1 << 20;
 const HEADER_RANGE: Range<u64> = 0..HEADER_LEN as u64;
-
-thread_local! {
-    /// Where sealed bytes lie until they are opened: as long as the longest that this thread has read.
-    static SEALED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
 
 /// What a [`FrameReader`] may use.
 #[derive(Clone, Copy, Debug)]
@@ -70,11 +64,11 @@ pub struct FrameReader {
     disk: Mutex<()>,
 }
 
-struct OpenFile {
-    file: Arc<dyn DiskFile>,
-    cipher: Arc<SegmentCipher>,
+pub(super) struct OpenFile {
+    pub file: SegmentFile,
+    pub cipher: Arc<SegmentCipher>,
     /// An evictable copy: only its cached ranges count.
-    cached: bool,
+    pub cached: bool,
 }
 
 #[derive(Default)]
@@ -93,17 +87,23 @@ impl Frames for FrameReader {
         Ok(plain)
     }
 
-    fn part_onto(&self, ptr: FramePtr, from: u32, len: u64, out: &mut Vec<u8>) -> Result<()> {
-        let range = from as usize..(from as usize).saturating_add(len as usize);
-        // What is read by itself is not kept: it is in the kernel's cache above, and sealed in the one below.
-        if self.read_blocks(ptr, &range, out).is_none() {
-            out.extend_from_slice(&part_of(&self.get(ptr, FrameKind::Data)?, ptr, from, len)?);
-        }
-        Ok(())
+    fn run_onto(&self, parts: &[Part], out: &mut Vec<u8>) -> usize {
+        // What is read by itself is not kept: it is in the kernel's cache above.
+        self.read_run(parts, out)
     }
 }
 
 impl FrameReader {
+    /// True when the frame can be read from the open file, and is not in memory.
+    pub(super) fn here(&self, open: &OpenFile, ptr: FramePtr) -> bool {
+        !self.frames.contains(ptr) && (!open.cached || self.ranges.covers(ptr.seq, &ptr.range()))
+    }
+
+    /// Takes note that a cached segment was used.
+    pub(super) fn touch(&self, seq: Seq) {
+        self.ranges.touch(seq, self.now());
+    }
+
     /// A frame's kind and plain bytes, from memory or from this host's files.
     fn held_or_read(&self, ptr: FramePtr) -> Result<(FrameKind, Bytes)> {
         if let Some(held) = self.frames.get(ptr) {
@@ -112,33 +112,6 @@ impl FrameReader {
         let opened = self.read_local(ptr)?.ok_or_else(|| Error::Missing(vec![ptr]))?;
         self.frames.put(ptr, opened.0, opened.1.clone());
         Ok(opened)
-    }
-
-    /// Some of a frame in blocks, from this host's files. Nothing when it is not here, is no such frame, or does not open:
-    /// reading all of it then tells what is wrong.
-    fn read_blocks(&self, ptr: FramePtr, range: &Range<usize>, out: &mut Vec<u8>) -> Option<()> {
-        let layout = Layout::of(ptr.len as usize)?;
-        if range.end > layout.plain_len() || self.frames.contains(ptr) {
-            return None;
-        }
-        let open = self.open_file(ptr.seq).ok()??;
-        if open.cached && !self.ranges.covers(ptr.seq, &ptr.range()) {
-            return None;
-        }
-        let which = layout.holding(range);
-        let (begin, place) = (out.len(), layout.sealed(&which));
-        SEALED.with_borrow_mut(|sealed| {
-            sealed.resize(sealed.len().max(place.len()), 0);
-            let sealed = sealed.get_mut(..place.len())?;
-            open.file.read_exact_at(sealed, u64::from(ptr.offset) + place.start as u64).ok()?;
-            open.cipher.open_blocks(ptr, layout, &which, sealed, out).ok()
-        })?;
-        if open.cached {
-            self.ranges.touch(ptr.seq, self.now());
-        }
-        out.drain(begin..begin + range.start - layout.plain(&which).start);
-        out.truncate(begin + range.len());
-        Some(())
     }
 
     /// A reader over the state directory and, for what is not there, the store.
@@ -324,7 +297,7 @@ impl FrameReader {
     }
 
     /// The segment's file on this host, if there is one that can be read from.
-    fn open_file(&self, seq: Seq) -> Result<Option<Arc<OpenFile>>> {
+    pub(super) fn open_file(&self, seq: Seq) -> Result<Option<Arc<OpenFile>>> {
         if let Some(file) = self.files.lock().get(&seq) {
             return Ok(Some(file.clone()));
         }
@@ -339,7 +312,8 @@ impl FrameReader {
         };
         Ok(found.map(|(file, header, cached)| {
             let cipher = Arc::new(SegmentCipher::new(&self.ctx, header));
-            let open = Arc::new(OpenFile { file, cipher, cached });
+            let whole = self.dir.file(if cached { self.dir.cache_path(seq) } else { path });
+            let open = Arc::new(OpenFile { file: SegmentFile::new(file, whole), cipher, cached });
             self.files.lock().put(seq, open.clone());
             open
         }))
@@ -378,6 +352,7 @@ impl FrameReader {
         let mut sealed = vec![0; ptr.len as usize];
         let opened = open
             .file
+            .cached()
             .read_exact_at(&mut sealed, ptr.offset.into())
             .map_err(|e| {
                 let detail = format!("frame at {}+{}: {e}", ptr.offset, ptr.len);
@@ -387,7 +362,7 @@ impl FrameReader {
         match opened {
             Ok(opened) => {
                 if open.cached {
-                    self.ranges.touch(ptr.seq, self.now());
+                    self.touch(ptr.seq);
                 }
                 Ok(Some(opened))
             }

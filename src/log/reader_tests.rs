@@ -1,11 +1,13 @@
 //! Tests of the reader: where frames come from, how few requests it takes, and what damage does.
 
 use super::super::Append;
+use super::super::blocks::Layout;
 use super::super::testing::{MemoryStore, env, noise, volume};
 use super::super::writer::LogWriter;
 use super::*;
 use crate::types::{CommitNo, Epoch, Timestamp};
 use futures::executor::block_on;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -221,7 +223,7 @@ fn a_retired_segment_is_still_read_and_can_be_evicted() {
 
 fn part(reader: &FrameReader, ptr: FramePtr, from: u32, len: u64) -> Result<Vec<u8>> {
     let mut out = vec![7];
-    let outcome = reader.part_onto(ptr, from, len, &mut out);
+    let outcome = reader.parts_onto(&[Part { ptr, from, len }], &mut out);
     assert_eq!((out[0], out.len()), (7, if outcome.is_ok() { 1 + len as usize } else { 1 }));
     outcome.map(|()| out.split_off(1))
 }
@@ -275,4 +277,65 @@ fn a_little_of_a_frame_that_is_not_in_blocks_comes_from_the_whole() {
     let reader = FrameReader::new(dir, volume(), Some(store), env(9), limits).unwrap();
     assert_eq!(part(&reader, packed, 59_999, 2).unwrap(), plain[59_999..60_001]);
     assert!(matches!(part(&reader, page, 0, 10), Err(Error::Corrupt { .. })));
+}
+
+#[test]
+fn parts_that_lie_one_behind_the_other_are_read_at_once_and_past_the_cache() {
+    let home = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let dir = Arc::new(StateDir::open(home.path()).unwrap());
+    let mut writer = LogWriter::new(dir.clone(), volume(), env(1), Epoch(1), None, Seq(1), CommitNo(0));
+    let plain: Vec<Vec<u8>> = (0..20).map(|i| noise(i, if i == 9 { 70_001 } else { 131_072 })).collect();
+    let mut parts: Vec<Part> = Vec::new();
+    for (i, plain) in plain.iter().enumerate() {
+        if i == 6 {
+            writer.append(FrameKind::Data, &noise(77, 100)).unwrap(); // between them
+        }
+        let ptr = writer.append(FrameKind::Data, plain).unwrap();
+        parts.push(Part { ptr, from: 0, len: plain.len() as u64 });
+    }
+    writer.close().unwrap();
+    // A reader begins and ends within a frame.
+    parts[0] = Part { from: 20_000, len: 111_072, ..parts[0] };
+    parts[19].len = 5;
+    let wanted: Vec<u8> = parts
+        .iter()
+        .zip(&plain)
+        .flat_map(|(p, plain)| &plain[p.from as usize..][..p.len as usize])
+        .copied()
+        .collect();
+    let limits = ReaderLimits { frame_cache_bytes: 0, disk_cache_bytes: 1 << 20, open_files: 4 };
+    let reader = FrameReader::new(dir.clone(), volume(), None, env(2), limits).unwrap();
+    let (path, everything) = (dir.log_path(Seq(1)), 0..parts[19].ptr.range().end);
+    let kernel = std::fs::File::open(&path).unwrap();
+    let read = |parts: &[Part]| {
+        let mut out = Vec::new();
+        reader.parts_onto(parts, &mut out).map(|()| out)
+    };
+    for cached in [true, false] {
+        if !cached {
+            // SAFETY: the descriptor is open, and no pointers are passed.
+            let dropped = unsafe { libc::posix_fadvise(kernel.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+            assert_eq!(dropped, 0);
+        }
+        let before = kernel.is_cached(&everything);
+        assert!(read(&parts).unwrap() == wanted, "cached: {cached}");
+        assert_eq!(kernel.is_cached(&everything), before, "what was not in the cache need not be");
+        let mut out = Vec::new();
+        let runs = [(0, 6), (6, 8), (14, 6), (19, 1)];
+        assert!(runs.iter().all(|(at, long)| reader.run_onto(&parts[*at..], &mut out) == *long));
+        assert_eq!(reader.run_onto(&[Part { len: 131_073, ..parts[1] }], &mut out), 0);
+    }
+    // Small steps in order go through the cache, for the kernel's read-ahead.
+    for from in (0..131_072).step_by(4096) {
+        read(&[Part { from, len: 4096, ..parts[12] }]).unwrap();
+    }
+    assert!(kernel.is_cached(&parts[12].ptr.range()));
+    // Damage in the midst of a run: what lies before it can be read, and it is named.
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.write_all_at(&[0; 4], u64::from(parts[3].ptr.offset) + 70_000).unwrap();
+    assert!(read(&parts[..3]).unwrap() == wanted[..3 * 131_072 - 20_000]);
+    assert!(matches!(read(&parts), Err(Error::Corrupt { .. })));
+    let missing = |seq| Part { ptr: FramePtr { seq: Seq(seq), ..parts[0].ptr }, ..parts[0] };
+    let asked = [missing(8), parts[1], missing(9)];
+    assert!(matches!(read(&asked), Err(Error::Missing(m)) if m == [asked[0].ptr, asked[2].ptr]));
 }

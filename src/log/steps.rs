@@ -4,7 +4,7 @@
 //! Invariant: what is written past the cache lies within what was laid out, repeats what the file holds of its first block,
 //! and ends in zeros: the file is the same as if only the new bytes had been written.
 
-use crate::disk::DiskFile;
+use crate::disk::{ALIGN, DiskFile};
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
 
@@ -12,10 +12,7 @@ use std::sync::Arc;
 pub const LAID_OUT: usize = 256 << 10;
 /// Steps of more bytes than this are not small: laying out would write them twice and save next to nothing.
 const SMALL: u64 = 64 << 10;
-/// What is written past the cache is whole blocks of this length, at multiples of it, from memory at a multiple of it: as
-/// much as any disk's sector.
-const BLOCK: usize = 4096;
-const ZEROS: [u8; BLOCK] = [0; BLOCK];
+const ZEROS: [u8; ALIGN] = [0; ALIGN];
 
 /// The end of one segment's file.
 #[derive(Default)]
@@ -43,7 +40,7 @@ impl Steps {
 
     /// Takes note of `bytes`, which were written up to `end`.
     pub fn wrote(&mut self, bytes: &[u8], end: u64) {
-        let len = (end % BLOCK as u64) as usize;
+        let len = (end % ALIGN as u64) as usize;
         match bytes.len().checked_sub(len) {
             Some(before) => {
                 self.last.clear();
@@ -71,9 +68,9 @@ impl Steps {
         // Page by page: what is written at once may become one folio of the kernel's, which is then accounted for, and
         // handled, as a whole for each small step within it.
         let mut end = written;
-        let to = (end + LAID_OUT as u64) / BLOCK as u64 * BLOCK as u64;
+        let to = (end + LAID_OUT as u64) / ALIGN as u64 * ALIGN as u64;
         while end < to {
-            let piece = BLOCK - (end % BLOCK as u64) as usize;
+            let piece = ALIGN - (end % ALIGN as u64) as usize;
             match file.write_all_at(&ZEROS[..piece], end) {
                 Ok(()) => end += piece as u64,
                 Err((done, _)) => {
@@ -88,15 +85,15 @@ impl Steps {
     /// Writes `bytes` at `written`, where the file goes on, past the cache. False when they are to be written as usual.
     pub fn write(&mut self, bytes: &[u8], (synced, written): (u64, u64)) -> io::Result<bool> {
         let (begin, end) = (written - self.last.len() as u64, written + bytes.len() as u64);
-        let whole = end.next_multiple_of(BLOCK as u64);
+        let whole = end.next_multiple_of(ALIGN as u64);
         let Some(direct) = &self.direct else { return Ok(false) };
         if bytes.is_empty() || end - synced > SMALL || whole > self.laid_out {
             return Ok(false);
         }
         let len = (whole - begin) as usize;
         self.blocks.clear();
-        self.blocks.reserve(len + BLOCK);
-        let skip = self.blocks.as_ptr().align_offset(BLOCK);
+        self.blocks.reserve(len + ALIGN);
+        let skip = self.blocks.as_ptr().align_offset(ALIGN);
         self.blocks.resize(skip, 0);
         self.blocks.extend_from_slice(&self.last);
         self.blocks.extend_from_slice(bytes);
