@@ -18,6 +18,13 @@ const WRITEBACK_MIN: usize = 512 << 10;
 /// and read likewise: as much as any disk's sector.
 pub const ALIGN: usize = 4096;
 
+/// `len` bytes of `memory`, which grows if need be, from a multiple of [`ALIGN`] on, and where in it they begin.
+pub fn aligned(memory: &mut Vec<u8>, len: usize) -> (usize, &mut [u8]) {
+    memory.resize(memory.len().max(len + ALIGN), 0);
+    let skip = memory.as_ptr().align_offset(ALIGN);
+    (skip, &mut memory[skip..skip + len])
+}
+
 /// The number of cachestat(2), one of those that all of Linux's architectures but Alpha and MIPS share.
 const CACHESTAT: libc::c_long = 451;
 

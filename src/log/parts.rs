@@ -6,7 +6,7 @@
 use super::Part;
 use super::blocks::Layout;
 use super::reader::{FrameReader, OpenFile};
-use crate::disk::{ALIGN, DiskFile, FileRef, Mode};
+use crate::disk::{ALIGN, DiskFile, FileRef, Mode, aligned};
 use std::cell::RefCell;
 use std::io::ErrorKind;
 use std::ops::Range;
@@ -97,9 +97,8 @@ impl SegmentFile {
             let unit = self.unit.load(Ordering::Relaxed);
             let begin = range.start / unit * unit;
             let len = (range.end.next_multiple_of(unit) - begin) as usize;
-            memory.resize(memory.len().max(len + ALIGN), 0);
-            let skip = memory.as_ptr().align_offset(ALIGN);
-            match past.read_at(memory.get_mut(skip..skip + len)?, begin) {
+            let (skip, into) = aligned(memory, len);
+            match past.read_at(into, begin) {
                 Ok(n) => {
                     return (begin + n as u64 >= range.end).then(|| skip + (range.start - begin) as usize);
                 }
@@ -114,27 +113,26 @@ impl SegmentFile {
 }
 
 impl FrameReader {
-    /// Appends the first of `parts`, as many as lie one behind the other in frames in blocks, to `out`; says how many. None
-    /// when the first is not here, is in no such frame, or when one does not open: reading that alone tells what is wrong.
+    /// Appends the first of `parts`, as many as lie one behind the other in frames in blocks, to `out`; says how many. It ends
+    /// where one is not here, is in no such frame, or does not open: reading that alone tells what is wrong.
     pub(super) fn read_run(&self, parts: &[Part], out: &mut Vec<u8>) -> usize {
         let Some(Ok(Some(open))) = parts.first().map(|part| self.open_file(part.ptr.seq)) else { return 0 };
         let run = self.run_of(&open, parts);
         let (Some(first), Some(last)) = (run.first(), run.last()) else { return 0 };
-        let (range, begin) = (first.place.start..last.place.end, out.len());
-        let opened = open.file.show(&range, first.part.ptr.len >= LARGE, |sealed| {
-            run.iter().try_for_each(|placed| {
-                let at = (placed.place.start - range.start) as usize;
-                placed.open(&open, &sealed[at..at + (placed.place.end - placed.place.start) as usize], out)
-            })
+        let (range, mut opened) = (first.place.start..last.place.end, 0);
+        open.file.show(&range, first.part.ptr.len >= LARGE, |sealed| {
+            for placed in &run {
+                let place =
+                    (placed.place.start - range.start) as usize..(placed.place.end - range.start) as usize;
+                placed.open(&open, sealed.get(place)?, out)?;
+                opened += 1;
+            }
+            Some(())
         });
-        if opened.is_none() {
-            out.truncate(begin);
-            return 0;
-        }
-        if open.cached {
+        if open.cached && opened > 0 {
             self.touch(first.part.ptr.seq);
         }
-        run.len()
+        opened
     }
 
     /// The first of `parts` that can be read at once.

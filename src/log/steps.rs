@@ -4,7 +4,7 @@
 //! Invariant: what is written past the cache lies within what was laid out, repeats what the file holds of its first block,
 //! and ends in zeros: the file is the same as if only the new bytes had been written.
 
-use crate::disk::{ALIGN, DiskFile};
+use crate::disk::{ALIGN, DiskFile, aligned};
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
 
@@ -91,14 +91,13 @@ impl Steps {
             return Ok(false);
         }
         let len = (whole - begin) as usize;
-        self.blocks.clear();
-        self.blocks.reserve(len + ALIGN);
-        let skip = self.blocks.as_ptr().align_offset(ALIGN);
-        self.blocks.resize(skip, 0);
-        self.blocks.extend_from_slice(&self.last);
-        self.blocks.extend_from_slice(bytes);
-        self.blocks.resize(skip + len, 0);
-        match direct.write_at(&self.blocks[skip..], begin) {
+        let (_, blocks) = aligned(&mut self.blocks, len);
+        let (old, rest) = blocks.split_at_mut(self.last.len());
+        let (new, zeros) = rest.split_at_mut(bytes.len());
+        old.copy_from_slice(&self.last);
+        new.copy_from_slice(bytes);
+        zeros.fill(0);
+        match direct.write_at(blocks, begin) {
             Ok(n) => Ok(n == len), // what is missing is written again, and the usual way tells why
             Err(e) if e.kind() == ErrorKind::Interrupted => Ok(false),
             // A disk with longer sectors, or a file system that minds only now.

@@ -1,22 +1,19 @@
 //! Copying a file past the page cache: what goes to the store is not read again on this host.
 //! Invariant: the copy is whole or an error; where the file system knows no O_DIRECT, it is an ordinary copy.
 
+use crate::disk::{ALIGN, aligned};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
-/// Size and alignment of the pieces; a multiple of every block size there is.
+/// Size of the pieces; a multiple of every block size there is.
 const PIECE: usize = 1 << 20;
-const ALIGN: usize = 4096;
 
 /// Copies `source` to the empty file `target`; returns the bytes copied. Not synced.
 pub(super) fn copy(source: &File, target: &File) -> io::Result<u64> {
-    let mut memory = vec![0u8; PIECE + ALIGN];
-    let skip = memory.as_ptr().align_offset(ALIGN);
-    let Some(piece) = memory.get_mut(skip..skip + PIECE) else {
-        return Err(io::Error::other("no aligned memory"));
-    };
+    let mut memory = Vec::new();
+    let (_, piece) = aligned(&mut memory, PIECE);
     let mut direct = set_direct(target, true);
     let mut done = 0u64;
     loop {
