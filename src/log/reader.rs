@@ -96,7 +96,12 @@ impl Frames for FrameReader {
 impl FrameReader {
     /// True when the frame can be read from the open file, and is not in memory.
     pub(super) fn here(&self, open: &OpenFile, ptr: FramePtr) -> bool {
-        !self.frames.contains(ptr) && (!open.cached || self.ranges.covers(ptr.seq, &ptr.range()))
+        !self.frames.contains(ptr) && self.holds(open, ptr)
+    }
+
+    /// True when the open file has the frame.
+    fn holds(&self, open: &OpenFile, ptr: FramePtr) -> bool {
+        !open.cached || self.ranges.covers(ptr.seq, &ptr.range())
     }
 
     /// Takes note that a cached segment was used.
@@ -166,7 +171,7 @@ impl FrameReader {
                 return false;
             }
             match self.open_file(ptr.seq) {
-                Ok(Some(file)) => file.cached && !self.ranges.covers(ptr.seq, &ptr.range()),
+                Ok(Some(file)) => !self.holds(&file, *ptr),
                 Ok(None) => true,
                 // Damage in the spool: reading it says so, fetching would not mend it.
                 Err(_) => false,
@@ -346,7 +351,7 @@ impl FrameReader {
 
     fn read_local(&self, ptr: FramePtr) -> Result<Option<(FrameKind, Bytes)>> {
         let Some(open) = self.open_file(ptr.seq)? else { return Ok(None) };
-        if open.cached && !self.ranges.covers(ptr.seq, &ptr.range()) {
+        if !self.holds(&open, ptr) {
             return Ok(None);
         }
         let mut sealed = vec![0; ptr.len as usize];
