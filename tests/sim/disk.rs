@@ -16,12 +16,16 @@
 //!
 //! It also watches what the log writes: no two files share a salt, and no byte of a segment is sealed twice.
 
+#[path = "disk_file.rs"]
+mod file;
+
 use super::chance::Chance;
 use super::common::World;
 use super::nonces::Nonces;
 use super::threads::Turns;
 use embassyfs::clock::Clock;
 use embassyfs::disk::{Disk, DiskFile, Lock, Mode};
+use file::SimFile;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, ErrorKind};
 use std::ops::Range;
@@ -393,7 +397,7 @@ impl Disk for SimDisk {
                 node
             }
             (Some(node), _) => node,
-            (None, Mode::Read | Mode::Write | Mode::Direct) => return Err(missing()),
+            (None, Mode::Read | Mode::Write | Mode::Direct | Mode::ReadDirect) => return Err(missing()),
             (None, _) => {
                 let mut state = self.call("create", path, &[])?;
                 if !path.parent().is_some_and(|dir| state.dirs.contains(dir)) {
@@ -410,12 +414,8 @@ impl Disk for SimDisk {
                 node
             }
         };
-        Ok(Arc::new(SimFile {
-            disk: self.clone(),
-            node,
-            path: path.to_owned(),
-            direct: mode == Mode::Direct,
-        }))
+        let (disk, path, direct) = (self.clone(), path.to_owned(), mode == Mode::Direct);
+        Ok(Arc::new(SimFile { disk, node, path, direct }))
     }
 
     fn create_dirs(&self, path: &Path) -> io::Result<()> {
@@ -502,105 +502,5 @@ impl Lock for SimLock {}
 impl Drop for SimLock {
     fn drop(&mut self) {
         self.0.state.lock().unwrap().locked = false;
-    }
-}
-
-struct SimFile {
-    disk: SimDisk,
-    node: u64,
-    path: PathBuf,
-    direct: bool,
-}
-
-impl SimFile {
-    fn change(&self, state: &mut State, change: Change) -> io::Result<()> {
-        let node = state.nodes.get_mut(&self.node).ok_or_else(missing)?;
-        apply(&mut node.seen, &change);
-        node.pending.push(change);
-        Ok(())
-    }
-}
-
-impl DiskFile for SimFile {
-    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
-        let whole = [offset, bytes.len() as u64, bytes.as_ptr().addr() as u64].iter().all(|n| n % 4096 == 0);
-        if self.direct && !whole {
-            return Err(ErrorKind::InvalidInput.into());
-        }
-        let mut state = self.disk.call("write", &self.path, bytes)?;
-        let mut taken = bytes;
-        if self.disk.full(&state) {
-            self.disk.chance.fault("no room for a write");
-            let most = self.disk.chance.below(bytes.len() as u64 + 1).min(bytes.len() as u64 / 2);
-            // Room is given by the block: what there is none for begins where a sector does.
-            let end = (offset + most) / SECTOR * SECTOR;
-            taken = &bytes[..end.saturating_sub(offset) as usize];
-            if taken.is_empty() {
-                return Err(io::Error::from_raw_os_error(libc::ENOSPC));
-            }
-        }
-        if in_log(&self.path) {
-            self.disk.nonces.written(self.node, &state.nodes[&self.node].seen, offset, taken);
-        }
-        self.change(&mut state, Change::Write(offset, taken.to_vec()))?;
-        Ok(taken.len())
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        let mut state = self.disk.call("sync", &self.path, &[])?;
-        let fails = std::mem::take(&mut state.sync_fails);
-        let node = state.nodes.get_mut(&self.node).ok_or_else(missing)?;
-        if fails {
-            self.disk.chance.fault("failing sync");
-            node.durable = node.torn(&self.disk.chance);
-            node.pending.clear();
-            return Err(io::Error::from_raw_os_error(libc::EIO));
-        }
-        for change in std::mem::take(&mut node.pending) {
-            apply(&mut node.durable, &change);
-        }
-        Ok(())
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        let mut state = self.disk.call("set the length of", &self.path, &len.to_le_bytes())?;
-        self.change(&mut state, Change::Len(len))
-    }
-
-    fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
-        let state = self.disk.look()?;
-        let node = state.nodes.get(&self.node).ok_or_else(missing)?;
-        let rest = node.seen.get(offset as usize..).unwrap_or_default();
-        let n = rest.len().min(into.len());
-        into[..n].copy_from_slice(&rest[..n]);
-        Ok(n)
-    }
-
-    fn size(&self) -> io::Result<u64> {
-        let state = self.disk.look()?;
-        Ok(state.nodes.get(&self.node).ok_or_else(missing)?.seen.len() as u64)
-    }
-
-    fn punch(&self, range: Range<u64>) -> io::Result<()> {
-        let mut state = self.disk.call("punch", &self.path, &range.start.to_le_bytes())?;
-        self.change(&mut state, Change::Punch(range))
-    }
-
-    fn data_ranges(&self) -> io::Result<Vec<Range<u64>>> {
-        let state = self.disk.look()?;
-        let bytes = &state.nodes.get(&self.node).ok_or_else(missing)?.seen;
-        let mut ranges: Vec<Range<u64>> = Vec::new();
-        for (n, block) in bytes.chunks(4096).enumerate() {
-            if block.iter().all(|byte| *byte == 0) {
-                continue;
-            }
-            let start = n as u64 * 4096;
-            let end = start + block.len() as u64;
-            match ranges.last_mut() {
-                Some(last) if last.end == start => last.end = end,
-                _ => ranges.push(start..end),
-            }
-        }
-        Ok(ranges)
     }
 }

@@ -1,0 +1,110 @@
+//! An open file of the simulated disk.
+//! Invariant: a write past the cache is refused unless it is of whole blocks, from aligned memory, as a real disk would.
+
+use super::{Change, SECTOR, SimDisk, State, apply, in_log, missing};
+use embassyfs::disk::{ALIGN, DiskFile};
+use std::io::{self, ErrorKind};
+use std::ops::Range;
+use std::path::PathBuf;
+
+pub(super) struct SimFile {
+    pub disk: SimDisk,
+    pub node: u64,
+    pub path: PathBuf,
+    /// Opened past the cache.
+    pub direct: bool,
+}
+
+impl SimFile {
+    fn change(&self, state: &mut State, change: Change) -> io::Result<()> {
+        let node = state.nodes.get_mut(&self.node).ok_or_else(missing)?;
+        apply(&mut node.seen, &change);
+        node.pending.push(change);
+        Ok(())
+    }
+}
+
+impl DiskFile for SimFile {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        let whole =
+            [offset, bytes.len() as u64, bytes.as_ptr().addr() as u64].iter().all(|n| n % ALIGN as u64 == 0);
+        if self.direct && !whole {
+            return Err(ErrorKind::InvalidInput.into());
+        }
+        let mut state = self.disk.call("write", &self.path, bytes)?;
+        let mut taken = bytes;
+        if self.disk.full(&state) {
+            self.disk.chance.fault("no room for a write");
+            let most = self.disk.chance.below(bytes.len() as u64 + 1).min(bytes.len() as u64 / 2);
+            // Room is given by the block: what there is none for begins where a sector does.
+            let end = (offset + most) / SECTOR * SECTOR;
+            taken = &bytes[..end.saturating_sub(offset) as usize];
+            if taken.is_empty() {
+                return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+            }
+        }
+        if in_log(&self.path) {
+            self.disk.nonces.written(self.node, &state.nodes[&self.node].seen, offset, taken);
+        }
+        self.change(&mut state, Change::Write(offset, taken.to_vec()))?;
+        Ok(taken.len())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let mut state = self.disk.call("sync", &self.path, &[])?;
+        let fails = std::mem::take(&mut state.sync_fails);
+        let node = state.nodes.get_mut(&self.node).ok_or_else(missing)?;
+        if fails {
+            self.disk.chance.fault("failing sync");
+            node.durable = node.torn(&self.disk.chance);
+            node.pending.clear();
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        for change in std::mem::take(&mut node.pending) {
+            apply(&mut node.durable, &change);
+        }
+        Ok(())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        let mut state = self.disk.call("set the length of", &self.path, &len.to_le_bytes())?;
+        self.change(&mut state, Change::Len(len))
+    }
+
+    fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        let state = self.disk.look()?;
+        let node = state.nodes.get(&self.node).ok_or_else(missing)?;
+        let rest = node.seen.get(offset as usize..).unwrap_or_default();
+        let n = rest.len().min(into.len());
+        into[..n].copy_from_slice(&rest[..n]);
+        Ok(n)
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        let state = self.disk.look()?;
+        Ok(state.nodes.get(&self.node).ok_or_else(missing)?.seen.len() as u64)
+    }
+
+    fn punch(&self, range: Range<u64>) -> io::Result<()> {
+        let mut state = self.disk.call("punch", &self.path, &range.start.to_le_bytes())?;
+        self.change(&mut state, Change::Punch(range))
+    }
+
+    fn data_ranges(&self) -> io::Result<Vec<Range<u64>>> {
+        let state = self.disk.look()?;
+        let bytes = &state.nodes.get(&self.node).ok_or_else(missing)?.seen;
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        for (n, block) in bytes.chunks(4096).enumerate() {
+            if block.iter().all(|byte| *byte == 0) {
+                continue;
+            }
+            let start = n as u64 * 4096;
+            let end = start + block.len() as u64;
+            match ranges.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                _ => ranges.push(start..end),
+            }
+        }
+        Ok(ranges)
+    }
+}
