@@ -1,6 +1,6 @@
 //! What a file system holds in memory, and the transaction over it.
 //! Invariant: the newest state of a key is in `active`, else in the first of `levels` that has it, else in `tree`;
-//! everything but `active` is immutable, so a commit takes the whole change by a pointer swap.
+//! a commit takes the whole change by a pointer swap, and what anybody holds of `levels` outside the lock is not changed.
 
 use super::dirty::DirtyFile;
 use super::error::{Error, Result, of, os};
@@ -67,7 +67,7 @@ impl Recovery {
     }
 }
 
-/// Changed keys of one or several commits, immutable.
+/// Changed keys of one or several commits; immutable while anybody else holds them.
 #[derive(Clone)]
 pub(super) struct Level {
     pub delta: Arc<Delta>,
