@@ -484,25 +484,51 @@ pub(super) fn fold_levels(state: &Mutex<State>, may: impl Fn(&Level, &Level) -> 
 mod tests {
     use super::*;
 
+    fn no_levels() -> Mutex<State> {
+        Mutex::new(State::new(Recovery::empty(), &Settings::default(), &Env::system()))
+    }
+
+    fn level(keys: &[u32], value: &[u8], frozen: bool, upto: u64) -> Level {
+        let delta: Delta = keys.iter().map(|key| (key.to_be_bytes().to_vec(), Some(value.into()))).collect();
+        let weight = delta.iter().map(|(k, v)| weight(k, v)).sum();
+        Level { delta: Arc::new(delta), weight, frozen, upto: CommitNo(upto) }
+    }
+
+    #[test]
+    fn a_level_of_few_keys_is_moved_into_the_next_in_place_and_is_not_if_it_may_not_be() {
+        let many: Vec<u32> = (0..1000).collect();
+        let fold =
+            |few: Level, held: bool| {
+                let state = no_levels();
+                state.lock().levels.extend([few, level(&many, b"old", false, 4)]);
+                let below = state.lock().levels[1].delta.clone();
+                let at = Arc::as_ptr(&below);
+                let kept = held.then_some(below);
+                fold_levels(&state, |a, b| !a.frozen && !b.frozen);
+                let levels = std::mem::take(&mut state.lock().levels);
+                assert!(kept.is_none_or(
+                    |kept| kept.len() == 1000 && kept.values().all(|v| v.as_deref() == Some(b"old"))
+                ));
+                (
+                    levels.iter().map(|l| (l.delta.len(), l.upto.0)).collect::<Vec<_>>(),
+                    Arc::as_ptr(&levels.last().unwrap().delta) == at,
+                )
+            };
+        let few: Vec<u32> = (990..990 + POURED_MAX as u32).collect();
+        let more = [&few[..], &[5000]].concat();
+        assert_eq!(fold(level(&few, b"new", false, 5), false), (vec![(1054, 5)], true));
+        let two = |few: &[u32]| vec![(few.len(), 5), (1000, 4)];
+        assert_eq!(fold(level(&few, b"new", false, 5), true), (two(&few), true), "somebody holds it");
+        assert_eq!(fold(level(&few, b"new", true, 5), false), (two(&few), true), "it may not be");
+        assert_eq!(fold(level(&more, b"new", false, 5), false), (two(&more), true), "not few");
+    }
+
     #[test]
     fn levels_stay_few_whatever_their_weights_and_the_newest_value_wins() {
-        let recovery = Recovery {
-            tree: crate::tree::Tree { root: None },
-            replayed: Delta::new(),
-            last_commit: CommitNo(0),
-            next_ino: 2,
-            live_bytes: 0,
-            inodes: 0,
-            orphans: Vec::new(),
-        };
-        let state = Mutex::new(State::new(recovery, &Settings::default(), &Env::system()));
+        let state = no_levels();
         let push = |keys: &[u32], value: u32, size: usize, frozen| {
             let value = [value.to_le_bytes().to_vec(), vec![0; size]].concat();
-            let delta: Delta =
-                keys.iter().map(|key| (key.to_be_bytes().to_vec(), Some(value.clone().into()))).collect();
-            let weight = delta.iter().map(|(k, v)| weight(k, v)).sum();
-            let upto = CommitNo(0);
-            state.lock().levels.insert(0, Level { delta: Arc::new(delta), weight, frozen, upto });
+            state.lock().levels.insert(0, level(keys, &value, frozen, 0));
         };
         push(&[u32::MAX], 0, 10, true);
         let mut most = 0;
