@@ -25,6 +25,11 @@ pub fn aligned(memory: &mut Vec<u8>, len: usize) -> (usize, &mut [u8]) {
     (skip, &mut memory[skip..skip + len])
 }
 
+/// True for the error of a file system or a disk that has no way past the cache, or not for this piece.
+pub fn is_refused(error: &io::Error) -> bool {
+    error.kind() == ErrorKind::InvalidInput || error.raw_os_error() == Some(libc::EOPNOTSUPP)
+}
+
 /// The number of cachestat(2), one of those that all of Linux's architectures but Alpha and MIPS share.
 const CACHESTAT: libc::c_long = 451;
 

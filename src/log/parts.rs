@@ -6,9 +6,8 @@
 use super::Part;
 use super::blocks::Layout;
 use super::reader::{FrameReader, OpenFile};
-use crate::disk::{ALIGN, DiskFile, FileRef, Mode, aligned};
+use crate::disk::{ALIGN, DiskFile, FileRef, Mode, aligned, is_refused};
 use std::cell::RefCell;
-use std::io::ErrorKind;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -34,9 +33,9 @@ thread_local! {
 pub(super) struct SegmentFile {
     file: Arc<dyn DiskFile>,
     whole: FileRef,
-    /// The same file, past the cache; none where that is not possible.
-    past: OnceLock<Option<Arc<dyn DiskFile>>>,
-    /// What is read past the cache begins and ends at multiples of this.
+    /// The same file, past the cache.
+    past: OnceLock<Arc<dyn DiskFile>>,
+    /// What is read past the cache begins and ends at multiples of this; 0 where there is no way past it.
     unit: AtomicU64,
     /// Where the last read ended.
     last: AtomicU64,
@@ -91,24 +90,36 @@ impl SegmentFile {
         if in_order || self.file.is_cached(range) {
             return None;
         }
-        let past = self.past.get_or_init(|| self.whole.disk.open(&self.whole.path, Mode::ReadDirect).ok());
-        let past = past.as_ref()?;
+        let past = self.past()?;
         loop {
             let unit = self.unit.load(Ordering::Relaxed);
-            let begin = range.start / unit * unit;
+            let begin = range.start.checked_div(unit)? * unit;
             let len = (range.end.next_multiple_of(unit) - begin) as usize;
             let (skip, into) = aligned(memory, len);
             match past.read_at(into, begin) {
                 Ok(n) => {
                     return (begin + n as u64 >= range.end).then(|| skip + (range.start - begin) as usize);
                 }
-                // A disk with longer sectors.
-                Err(e) if e.kind() == ErrorKind::InvalidInput && unit < ALIGN as u64 => {
-                    self.unit.store(ALIGN as u64, Ordering::Relaxed);
+                Err(e) if is_refused(&e) => {
+                    // A disk with longer sectors, or a file system that minds only now.
+                    let longer = if unit < ALIGN as u64 { ALIGN as u64 } else { 0 };
+                    self.unit.store(longer, Ordering::Relaxed);
                 }
                 Err(_) => return None,
             }
         }
+    }
+
+    /// The file past the cache. Another reason than that there is no such way may pass.
+    fn past(&self) -> Option<&dyn DiskFile> {
+        if self.past.get().is_none() && self.unit.load(Ordering::Relaxed) > 0 {
+            match self.whole.disk.open(&self.whole.path, Mode::ReadDirect) {
+                Ok(file) => drop(self.past.set(file)), // or another thread's, which is as good
+                Err(e) if is_refused(&e) => self.unit.store(0, Ordering::Relaxed),
+                Err(_) => {}
+            }
+        }
+        self.past.get().map(|file| &**file)
     }
 }
 

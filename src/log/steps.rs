@@ -4,7 +4,7 @@
 //! Invariant: what is written past the cache lies within what was laid out, repeats what the file holds of its first block,
 //! and ends in zeros: the file is the same as if only the new bytes had been written.
 
-use crate::disk::{ALIGN, DiskFile, aligned};
+use crate::disk::{ALIGN, DiskFile, aligned, is_refused};
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
 
@@ -12,6 +12,9 @@ use std::sync::Arc;
 pub const LAID_OUT: usize = 256 << 10;
 /// Steps of more bytes than this are not small: laying out would write them twice and save next to nothing.
 const SMALL: u64 = 64 << 10;
+/// Errors that say nothing of the disk.
+const PASSING: [ErrorKind; 4] =
+    [ErrorKind::Interrupted, ErrorKind::WouldBlock, ErrorKind::OutOfMemory, ErrorKind::ResourceBusy];
 const ZEROS: [u8; ALIGN] = [0; ALIGN];
 
 /// The end of one segment's file.
@@ -21,6 +24,8 @@ pub(super) struct Steps {
     laid_out: u64,
     /// The same file, past the cache; none where that is not possible.
     direct: Option<Arc<dyn DiskFile>>,
+    /// Whether it was asked for.
+    asked: bool,
     /// What is written of the block in which the segment goes on.
     last: Vec<u8>,
     /// Where blocks are put together.
@@ -62,7 +67,7 @@ impl Steps {
         if synced == 0 || written <= self.laid_out || step == 0 || step > SMALL {
             return;
         }
-        if self.laid_out == 0 {
+        if !std::mem::replace(&mut self.asked, true) {
             self.direct = open().ok();
         }
         // Page by page: what is written at once may become one folio of the kernel's, which is then accounted for, and
@@ -99,12 +104,13 @@ impl Steps {
         zeros.fill(0);
         match direct.write_at(blocks, begin) {
             Ok(n) => Ok(n == len), // what is missing is written again, and the usual way tells why
-            Err(e) if e.kind() == ErrorKind::Interrupted => Ok(false),
             // A disk with longer sectors, or a file system that minds only now.
-            Err(e) if [Some(libc::EINVAL), Some(libc::EOPNOTSUPP)].contains(&e.raw_os_error()) => {
+            Err(e) if is_refused(&e) => {
                 self.direct = None;
                 Ok(false)
             }
+            // What the usual way may not need: it tells.
+            Err(e) if PASSING.contains(&e.kind()) => Ok(false),
             Err(e) => Err(e),
         }
     }
@@ -112,9 +118,11 @@ impl Steps {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::noise;
+    use super::super::testing::{SmallDisk, noise};
     use super::*;
     use crate::disk::{Disk, Mode, SystemDisk};
+    use parking_lot::Mutex;
+    use std::cell::Cell;
 
     #[test]
     fn small_steps_past_the_cache_leave_the_file_that_one_write_would() {
@@ -142,5 +150,47 @@ mod tests {
         }
         // Of ten lengths two are too long, and what follows the longest finds nothing laid out.
         assert_eq!(past, 300 / 10 * 7 - 2);
+    }
+
+    #[test]
+    fn what_only_the_way_past_the_cache_minds_is_written_as_usual() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("file");
+        let file = SystemDisk.open(&path, Mode::CreateNew).unwrap();
+        let (room, refused) = (Arc::new(Mutex::new(u64::MAX)), Arc::new(Mutex::new(None)));
+        let direct = SmallDisk {
+            file: SystemDisk.open(&path, Mode::Write).unwrap(),
+            room: room.clone(),
+            broken: Arc::default(),
+            refused: refused.clone(),
+        };
+        let (mut steps, written, mut direct) = (Steps::default(), Cell::new(0), Some(Arc::new(direct)));
+        let mut step = |errno| {
+            *refused.lock() = errno;
+            let (bytes, before) = (noise(written.get(), 700), written.get());
+            let way = steps.write(&bytes, (before, before)).map_err(|e| e.raw_os_error());
+            if way != Ok(true) {
+                file.write_all_at(&bytes, before).unwrap();
+            }
+            let end = before + 700;
+            written.set(end);
+            steps.wrote(&bytes, end);
+            steps.lay_out(&*file, (before, end), || Ok(direct.take().unwrap()));
+            let found = std::fs::read(&path).unwrap();
+            assert!(found[before as usize..][..700] == bytes);
+            way
+        };
+        step(None).unwrap();
+        assert_eq!((step(None), step(None)), (Ok(false), Ok(true)), "before there are zeros, and after");
+        for errno in [libc::EINTR, libc::EAGAIN, libc::ENOMEM, libc::EBUSY] {
+            assert_eq!((step(Some(errno)), step(None)), (Ok(false), Ok(true)), "{errno}");
+        }
+        for errno in [libc::EIO, libc::ENOSPC, libc::EDQUOT] {
+            assert_eq!(step(Some(errno)), Err(Some(errno)));
+        }
+        *room.lock() = written.get() / ALIGN as u64 * ALIGN as u64 + 512;
+        assert_eq!(step(None), Ok(false), "a piece of it was written");
+        *room.lock() = u64::MAX;
+        assert_eq!((step(None), step(Some(libc::EINVAL)), step(None)), (Ok(true), Ok(false), Ok(false)));
     }
 }

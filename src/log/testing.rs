@@ -4,6 +4,7 @@ use super::segment::VolumeContext;
 use crate::clock::{Clock, Env, Random};
 use crate::crypto::keys::VolumeKey;
 use crate::crypto::sign::SecretKey;
+use crate::disk::DiskFile;
 use crate::store::{ObjectInfo, Store, StoreError};
 use crate::types::{Timestamp, VolumeId};
 use bytes::Bytes;
@@ -11,6 +12,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
@@ -144,6 +146,59 @@ pub(super) fn volume() -> Arc<VolumeContext> {
         writer_public: signer.public(),
         signer: Some(signer),
     })
+}
+
+/// A file on a disk with so much room for each, and whose calls to sync and to cut may fail.
+pub(super) struct SmallDisk {
+    pub file: Arc<dyn DiskFile>,
+    pub room: Arc<Mutex<u64>>,
+    /// With this error.
+    pub broken: Arc<Mutex<Option<i32>>>,
+    /// With this error the next write fails.
+    pub refused: Arc<Mutex<Option<i32>>>,
+}
+
+impl SmallDisk {
+    fn whole(&self) -> io::Result<&dyn DiskFile> {
+        self.broken.lock().map_or(Ok(&*self.file), |errno| Err(io::Error::from_raw_os_error(errno)))
+    }
+}
+
+impl DiskFile for SmallDisk {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        if let Some(errno) = self.refused.lock().take() {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        let fits = self.room.lock().saturating_sub(offset).min(bytes.len() as u64) as usize;
+        if fits == 0 {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
+        self.file.write_at(&bytes[..fits], offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.whole()?.sync()
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.whole()?.set_len(len)
+    }
+
+    fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.file.read_at(into, offset)
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        self.file.size()
+    }
+
+    fn punch(&self, range: Range<u64>) -> io::Result<()> {
+        self.file.punch(range)
+    }
+
+    fn data_ranges(&self) -> io::Result<Vec<Range<u64>>> {
+        self.file.data_ranges()
+    }
 }
 
 /// Bytes that do not compress, different for every `seed`.

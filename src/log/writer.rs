@@ -201,11 +201,12 @@ impl LogWriter {
             let error = self.failed("write", e);
             // Nothing of the index is needed: the next attempt seals it anew, under a key of its own. What of it reached
             // the disk must not come back below what is written there next.
-            if file.set_len(written).is_ok() {
-                self.open.iter_mut().for_each(|open| open.steps.cut(written));
-                let cut = file.sync().map_err(Error::io(format!("sync {}", segment_name(seq))));
-                cut.inspect_err(|e| self.latch(e))?;
+            if let Err(e) = file.set_len(written) {
+                return Err(self.failed("cut", e));
             }
+            self.open.iter_mut().for_each(|open| open.steps.cut(written));
+            let cut = file.sync().map_err(Error::io(format!("sync {}", segment_name(seq))));
+            cut.inspect_err(|e| self.latch(e))?;
             return Err(error);
         }
         let durable = file.sync().map_err(Error::io(format!("sync {}", segment_name(seq)))).and_then(|()| {

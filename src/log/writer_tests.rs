@@ -2,57 +2,16 @@
 
 use super::super::Frames;
 use super::super::reader::{FrameReader, ReaderLimits};
-use super::super::testing::{env, noise, volume};
+use super::super::testing::{SmallDisk, env, noise, volume};
 use super::*;
 use crate::disk::{Disk, SystemDisk};
 use parking_lot::Mutex;
-
-/// A disk with room for so many bytes per file, and whose sync may fail.
-struct SmallDisk {
-    file: Arc<dyn DiskFile>,
-    room: Arc<Mutex<u64>>,
-    broken: Arc<Mutex<bool>>,
-}
-
-impl DiskFile for SmallDisk {
-    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
-        let fits = self.room.lock().saturating_sub(offset).min(bytes.len() as u64) as usize;
-        if fits == 0 {
-            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
-        }
-        self.file.write_at(&bytes[..fits], offset)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        if *self.broken.lock() { Err(io::Error::from_raw_os_error(libc::EIO)) } else { self.file.sync() }
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.file.set_len(len)
-    }
-
-    fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.file.read_at(into, offset)
-    }
-
-    fn size(&self) -> io::Result<u64> {
-        self.file.size()
-    }
-
-    fn punch(&self, range: std::ops::Range<u64>) -> io::Result<()> {
-        self.file.punch(range)
-    }
-
-    fn data_ranges(&self) -> io::Result<Vec<std::ops::Range<u64>>> {
-        self.file.data_ranges()
-    }
-}
 
 struct Setup {
     _tmp: tempfile::TempDir,
     dir: Arc<StateDir>,
     room: Arc<Mutex<u64>>,
-    broken: Arc<Mutex<bool>>,
+    broken: Arc<Mutex<Option<i32>>>,
     writer: LogWriter,
     reader: FrameReader,
 }
@@ -60,12 +19,13 @@ struct Setup {
 fn setup() -> Setup {
     let tmp = tempfile::tempdir().unwrap();
     let dir = Arc::new(StateDir::open(tmp.path()).unwrap());
-    let (room, broken) = (Arc::new(Mutex::new(u64::MAX)), Arc::new(Mutex::new(false)));
+    let (room, broken) = (Arc::new(Mutex::new(u64::MAX)), Arc::<Mutex<_>>::default());
     let (room2, broken2) = (room.clone(), broken.clone());
     let writer = LogWriter::new(dir.clone(), volume(), env(1), Epoch(1), None, Seq(1), CommitNo(0))
         .with_create(Box::new(move |path| {
             let file = SystemDisk.open(path, Mode::CreateNew)?;
-            Ok(Arc::new(SmallDisk { file, room: room2.clone(), broken: broken2.clone() }))
+            let (room, broken) = (room2.clone(), broken2.clone());
+            Ok(Arc::new(SmallDisk { file, room, broken, refused: Arc::default() }))
         }));
     let limits = ReaderLimits { frame_cache_bytes: 0, disk_cache_bytes: 1 << 20, open_files: 4 };
     let reader = FrameReader::new(dir.clone(), volume(), None, env(2), limits).unwrap();
@@ -143,13 +103,28 @@ fn a_full_disk_loses_nothing_and_the_writer_goes_on_when_there_is_room() {
 fn a_failed_sync_latches_the_writer_for_good() {
     let mut s = setup();
     s.writer.append_commit(CommitNo(1), time(1), &[]).unwrap();
-    *s.broken.lock() = true;
+    *s.broken.lock() = Some(libc::EIO);
     assert!(matches!(s.writer.sync(), Err(Error::Io { .. })));
-    *s.broken.lock() = false;
+    *s.broken.lock() = None;
     assert!(matches!(s.writer.sync(), Err(Error::Latched(_))));
     assert!(matches!(s.writer.append(FrameKind::Data, b"x"), Err(Error::Latched(_))));
     assert!(matches!(s.writer.append_commit(CommitNo(2), time(1), &[]), Err(Error::Latched(_))));
     assert!(matches!(s.writer.close(), Err(Error::Latched(_))));
+}
+
+#[test]
+fn a_trailer_that_did_not_fit_and_cannot_be_cut_off_latches_the_writer() {
+    for (errno, latched) in [(libc::EIO, true), (libc::ENOSPC, false)] {
+        let mut s = setup();
+        s.writer.append_commit(CommitNo(1), time(1), &[]).unwrap();
+        s.writer.sync().unwrap();
+        (*s.room.lock(), *s.broken.lock()) = (s.writer.open_len() + 50, Some(errno));
+        let error = s.writer.close().unwrap_err();
+        assert!(error.to_string().starts_with("cut "), "{error}");
+        (*s.room.lock(), *s.broken.lock()) = (u64::MAX, None);
+        let again = s.writer.close();
+        assert_eq!(matches!(again, Err(Error::Latched(_))), latched, "{:?}", again.err());
+    }
 }
 
 #[test]
