@@ -87,9 +87,11 @@ fn sizes(seed: u64) -> Sizes {
         replay_max: 2 << 20,
         ..Settings::default()
     };
+    // Long records are read in blocks, several at once, and past the cache.
+    let record_size = if seed % 4 == 1 { 128 << 10 } else { 4 << 10 };
     Sizes {
         seed,
-        parameters: Parameters { record_size: 4 << 10, segment_size: 1 << 20, page_size: 4 << 10 },
+        parameters: Parameters { record_size, segment_size: 1 << 20, page_size: 4 << 10 },
         settings,
         disk_cache: if seed.is_multiple_of(7) { 32 << 20 } else { 1 << 20 },
         protection: protections[(seed % 3) as usize],
@@ -154,6 +156,9 @@ fn named_seeds() {
         "full disk",
         "failing sync",
         "no room for a write",
+        "read past the cache",
+        "refused read past the cache",
+        "refused write past the cache",
         "damaged answer",
         "throttled request",
         "bit rot, borne",

@@ -1,8 +1,8 @@
 //! An open file of the simulated disk.
-//! Invariant: a write past the cache is refused unless it is of whole blocks, from aligned memory, as a real disk would.
+//! Invariant: what goes past the cache is refused unless it is of whole blocks, in aligned memory, as a real disk would.
 
 use super::{Change, SECTOR, SimDisk, State, apply, in_log, missing};
-use embassyfs::disk::{ALIGN, DiskFile};
+use embassyfs::disk::{ALIGN, DiskFile, Mode};
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::path::PathBuf;
@@ -11,11 +11,24 @@ pub(super) struct SimFile {
     pub disk: SimDisk,
     pub node: u64,
     pub path: PathBuf,
-    /// Opened past the cache.
-    pub direct: bool,
+    pub mode: Mode,
+}
+
+/// What may go wrong with a write past the cache and says nothing of the disk.
+const PASSING: [i32; 4] = [libc::EINTR, libc::EBUSY, libc::ENOMEM, libc::EINVAL];
+
+/// Whether a piece of memory, for this place of a file, is one that goes past the cache in such units.
+fn is_whole(unit: usize, memory: &[u8], offset: u64) -> bool {
+    let at = [offset, memory.len() as u64, memory.as_ptr().addr() as u64];
+    at.iter().all(|n| n.checked_rem(unit as u64) == Some(0))
 }
 
 impl SimFile {
+    /// What the file reads past the cache at once: files differ, and there are some that refuse it.
+    fn unit(&self) -> usize {
+        [SECTOR as usize, ALIGN, 0][(self.node % 3) as usize]
+    }
+
     fn change(&self, state: &mut State, change: Change) -> io::Result<()> {
         let node = state.nodes.get_mut(&self.node).ok_or_else(missing)?;
         apply(&mut node.seen, &change);
@@ -26,10 +39,15 @@ impl SimFile {
 
 impl DiskFile for SimFile {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
-        let whole =
-            [offset, bytes.len() as u64, bytes.as_ptr().addr() as u64].iter().all(|n| n % ALIGN as u64 == 0);
-        if self.direct && !whole {
-            return Err(ErrorKind::InvalidInput.into());
+        if self.mode == Mode::Direct {
+            if !is_whole(ALIGN, bytes, offset) {
+                return Err(ErrorKind::InvalidInput.into());
+            }
+            if self.disk.chance.one_in(8) {
+                self.disk.chance.fault("refused write past the cache");
+                let which = self.disk.chance.below(PASSING.len() as u64);
+                return Err(io::Error::from_raw_os_error(PASSING[which as usize]));
+            }
         }
         let mut state = self.disk.call("write", &self.path, bytes)?;
         let mut taken = bytes;
@@ -72,6 +90,13 @@ impl DiskFile for SimFile {
     }
 
     fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        if self.mode == Mode::ReadDirect {
+            let whole = is_whole(self.unit(), into, offset);
+            self.disk.chance.fault(if whole { "read past the cache" } else { "refused read past the cache" });
+            if !whole {
+                return Err(ErrorKind::InvalidInput.into());
+            }
+        }
         let state = self.disk.look()?;
         let node = state.nodes.get(&self.node).ok_or_else(missing)?;
         let rest = node.seen.get(offset as usize..).unwrap_or_default();
@@ -106,5 +131,10 @@ impl DiskFile for SimFile {
             }
         }
         Ok(ranges)
+    }
+
+    /// One half is, and not the next.
+    fn is_cached(&self, range: &Range<u64>) -> bool {
+        (range.start / (64 << 10) + self.node).is_multiple_of(2)
     }
 }
