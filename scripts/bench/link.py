@@ -1,6 +1,6 @@
 """Times EmbassyFS at each protection level beside JuiceFS where the store is 35 ms and 1 Gbit/s away, an S3 server on
-loopback behind wire.c; `scripts/bench.sh link` calls it (about an hour, most of it JuiceFS). The table is in
-target/bench/link.md, every number in link.json.
+loopback, its objects in memory, behind wire.c; `scripts/bench.sh link` calls it (about an hour, most of it JuiceFS). The
+table is in target/bench/link.md, every number in link.json.
 
 Invariant: each system gets the same calls in the same order through the same link; nothing of the row before is on its
 way when a row begins. Requests and bytes are counted by the link, and those of what was still to be sent count too.
@@ -168,6 +168,17 @@ class Round:
             self.rows["cold"] = {**row, **self.wire.since(before), **meter.read(), **self.tree["size"]}
 
 
+@contextlib.contextmanager
+def abroad(directory):
+    """A disk of its own for the server: it stands for a machine elsewhere, and home's disk has enough to do. In memory."""
+    place = empty_dir(directory / "abroad")
+    run("mount", "-t", "tmpfs", "-o", "size=8g", "abroad", place)
+    try:
+        yield place
+    finally:
+        run("umount", "-l", place)
+
+
 def make_tree(directory):
     """A tar of a real tree: sources of crates, as they lie in cargo's own cache."""
     home = Path(os.environ.get("CARGO_HOME", Path.home() / ".cargo"))
@@ -209,7 +220,7 @@ def measure(directory):
     facts, helper, rounds = common.machine(), parts.compiled(directory, "threads"), {name: [] for name in names}
     tree = make_tree(directory)
     with contextlib.ExitStack() as stack:
-        root, server = stack.enter_context(harness.s3_server(directory))
+        root, server = stack.enter_context(harness.s3_server(stack.enter_context(abroad(directory))))
         wire = stack.enter_context(contextlib.closing(Wire(parts.compiled(directory, "wire"), server)))
         wire.shape(ONE_WAY, RATE)
         facts |= {"plain puts": plain_puts(wire.port), "put alone": put_alone(server)}
