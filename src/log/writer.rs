@@ -201,12 +201,10 @@ impl LogWriter {
             let error = self.failed("write", e);
             // Nothing of the index is needed: the next attempt seals it anew, under a key of its own. What of it reached
             // the disk must not come back below what is written there next.
-            if let Err(e) = file.set_len(written) {
-                return Err(self.failed("cut", e));
-            }
+            let cut = file.set_len(written).map_err(Error::io(format!("cut {}", segment_name(seq))));
+            let sync = || file.sync().map_err(Error::io(format!("sync {}", segment_name(seq))));
+            cut.and_then(|()| sync()).inspect_err(|e| self.latch(e))?;
             self.open.iter_mut().for_each(|open| open.steps.cut(written));
-            let cut = file.sync().map_err(Error::io(format!("sync {}", segment_name(seq))));
-            cut.inspect_err(|e| self.latch(e))?;
             return Err(error);
         }
         let durable = file.sync().map_err(Error::io(format!("sync {}", segment_name(seq)))).and_then(|()| {
