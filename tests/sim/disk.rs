@@ -9,7 +9,7 @@
 //!   whole or not at all, also between two directories.
 //! - **Failing sync**: says `EIO` once. What it should have made durable is durable in part or not at all, and stays
 //!   readable, and the next sync knows nothing of it (as Linux does it).
-//! - **Past the cache**: a read or a write is refused, for some files always, for others now and then.
+//! - **Past the cache**: a write is refused now and then, which may leave a part of it; reads of some files are always.
 //! - **No room**: for a while writes take some bytes or none, with `ENOSPC`.
 //! - **Bit rot**: at a restart one bit of one file is another.
 //! - **Power cut**: at any call. From then on every call fails, and what is left is what [`SimDisk::after`] gives.
@@ -416,6 +416,7 @@ impl Disk for SimDisk {
             }
         };
         if mode == Mode::ReadDirect && node.is_multiple_of(5) {
+            self.chance.fault("refused read past the cache");
             return Err(ErrorKind::InvalidInput.into());
         }
         Ok(Arc::new(SimFile { disk: self.clone(), node, path: path.to_owned(), mode }))

@@ -15,7 +15,8 @@ pub(super) struct SimFile {
 }
 
 /// What may go wrong with a write past the cache and says nothing of the disk.
-const PASSING: [i32; 4] = [libc::EINTR, libc::EBUSY, libc::ENOMEM, libc::EINVAL];
+const PASSING: [i32; 6] =
+    [libc::EINTR, libc::EAGAIN, libc::EBUSY, libc::ENOMEM, libc::EINVAL, libc::EOPNOTSUPP];
 
 /// Whether a piece of memory, for this place of a file, is one that goes past the cache in such units.
 fn is_whole(unit: usize, memory: &[u8], offset: u64) -> bool {
@@ -39,16 +40,11 @@ impl SimFile {
 
 impl DiskFile for SimFile {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
-        if self.mode == Mode::Direct {
-            if !is_whole(ALIGN, bytes, offset) {
-                return Err(ErrorKind::InvalidInput.into());
-            }
-            if self.disk.chance.one_in(8) {
-                self.disk.chance.fault("refused write past the cache");
-                let which = self.disk.chance.below(PASSING.len() as u64);
-                return Err(io::Error::from_raw_os_error(PASSING[which as usize]));
-            }
+        let direct = self.mode == Mode::Direct;
+        if direct && !is_whole(ALIGN, bytes, offset) {
+            return Err(ErrorKind::InvalidInput.into());
         }
+        let refused = direct && self.disk.chance.one_in(8);
         let mut state = self.disk.call("write", &self.path, bytes)?;
         let mut taken = bytes;
         if self.disk.full(&state) {
@@ -61,10 +57,19 @@ impl DiskFile for SimFile {
                 return Err(io::Error::from_raw_os_error(libc::ENOSPC));
             }
         }
+        if refused {
+            self.disk.chance.fault("refused write past the cache");
+            let most = self.disk.chance.below(1 + taken.len() as u64);
+            taken = &taken[..(most / SECTOR * SECTOR) as usize];
+        }
         if in_log(&self.path) {
             self.disk.nonces.written(self.node, &state.nodes[&self.node].seen, offset, taken);
         }
         self.change(&mut state, Change::Write(offset, taken.to_vec()))?;
+        if refused {
+            let which = self.disk.chance.below(PASSING.len() as u64);
+            return Err(io::Error::from_raw_os_error(PASSING[which as usize]));
+        }
         Ok(taken.len())
     }
 
