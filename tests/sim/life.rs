@@ -93,6 +93,12 @@ impl Run {
                             self.mend(&mut rot, "bit rot, lost something");
                             self.host.fall();
                         }
+                        (Err(_), _) if n + 1 < TRIES && self.puts_off() => {
+                            self.host.world.chance.fault("orphans put off");
+                            self.host.fall();
+                            self.host.world.pass(Duration::from_secs(1));
+                            self.host.breathe();
+                        }
                         (other, _) => return other.map(|()| self.mend(&mut rot, "bit rot, borne")),
                     }
                 }
@@ -108,6 +114,13 @@ impl Run {
             }
         }
         Err(format!("home did not open in {TRIES} tries"))
+    }
+
+    /// Home is up, but the store did not answer when it wanted to know which inodes have no name: it will ask again the
+    /// next time, and frees none until then.
+    fn puts_off(&self) -> bool {
+        let known = self.host.sizes.rough == 0 || !self.host.not_freed().is_empty();
+        !known && !self.at(self.host.newest()).orphans().is_empty()
     }
 
     /// What an operator would do: the file back from where it is whole.
