@@ -497,23 +497,21 @@ mod tests {
     #[test]
     fn a_level_of_few_keys_is_moved_into_the_next_in_place_and_is_not_if_it_may_not_be() {
         let many: Vec<u32> = (0..1000).collect();
-        let fold =
-            |few: Level, held: bool| {
-                let state = no_levels();
-                state.lock().levels.extend([few, level(&many, b"old", false, 4)]);
-                let below = state.lock().levels[1].delta.clone();
-                let at = Arc::as_ptr(&below);
-                let kept = held.then_some(below);
-                fold_levels(&state, |a, b| !a.frozen && !b.frozen);
-                let levels = std::mem::take(&mut state.lock().levels);
-                assert!(kept.is_none_or(
-                    |kept| kept.len() == 1000 && kept.values().all(|v| v.as_deref() == Some(b"old"))
-                ));
-                (
-                    levels.iter().map(|l| (l.delta.len(), l.upto.0)).collect::<Vec<_>>(),
-                    Arc::as_ptr(&levels.last().unwrap().delta) == at,
-                )
-            };
+        // The keys and the newest commit of each level that is left, and whether the lowest is where it was.
+        let fold = |few: Level, held: bool| {
+            let state = no_levels();
+            state.lock().levels.extend([few, level(&many, b"old", false, 4)]);
+            let below = state.lock().levels[1].delta.clone();
+            let at = Arc::as_ptr(&below);
+            let kept = held.then_some(below);
+            fold_levels(&state, |a, b| !a.frozen && !b.frozen);
+            let old =
+                |kept: Arc<Delta>| kept.len() == 1000 && kept.values().all(|v| v.as_deref() == Some(b"old"));
+            assert!(kept.is_none_or(old));
+            let state = state.lock();
+            let left: Vec<_> = state.levels.iter().map(|l| (l.delta.len(), l.upto.0)).collect();
+            (left, state.levels.last().is_some_and(|l| Arc::as_ptr(&l.delta) == at))
+        };
         let few: Vec<u32> = (990..990 + POURED_MAX as u32).collect();
         let more = [&few[..], &[5000]].concat();
         assert_eq!(fold(level(&few, b"new", false, 5), false), (vec![(1054, 5)], true));

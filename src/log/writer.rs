@@ -36,6 +36,11 @@ pub fn written_len(bytes: &[u8]) -> usize {
     bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1)
 }
 
+/// Makes what the segment's file was told durable.
+fn sync_file(file: &dyn DiskFile, seq: Seq) -> Result<()> {
+    file.sync().map_err(|e| Error::io(format!("sync {}", segment_name(seq)))(e))
+}
+
 /// The one writer of a volume's log on this host.
 pub struct LogWriter {
     dir: Arc<StateDir>,
@@ -159,8 +164,7 @@ impl LogWriter {
             return Ok(());
         }
         let synced = if open.dir_synced { Ok(()) } else { self.dir.sync_dir("log") };
-        let wrap = |e| Error::io(format!("sync {}", segment_name(seq)))(e);
-        match synced.and_then(|()| open.file.sync().map_err(wrap)) {
+        match synced.and_then(|()| sync_file(&*open.file, seq)) {
             Ok(()) => {
                 (open.synced, open.dir_synced) = (open.written, true);
                 Ok(())
@@ -202,12 +206,11 @@ impl LogWriter {
             // Nothing of the index is needed: the next attempt seals it anew, under a key of its own. What of it reached
             // the disk must not come back below what is written there next.
             let cut = file.set_len(written).map_err(Error::io(format!("cut {}", segment_name(seq))));
-            let sync = || file.sync().map_err(Error::io(format!("sync {}", segment_name(seq))));
-            cut.and_then(|()| sync()).inspect_err(|e| self.latch(e))?;
+            cut.and_then(|()| sync_file(&*file, seq)).inspect_err(|e| self.latch(e))?;
             self.open.iter_mut().for_each(|open| open.steps.cut(written));
             return Err(error);
         }
-        let durable = file.sync().map_err(Error::io(format!("sync {}", segment_name(seq)))).and_then(|()| {
+        let durable = sync_file(&*file, seq).and_then(|()| {
             if self.open.as_ref().is_some_and(|o| o.dir_synced) { Ok(()) } else { self.dir.sync_dir("log") }
         });
         if let Err(e) = durable {

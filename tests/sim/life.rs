@@ -95,9 +95,7 @@ impl Run {
                         }
                         (Err(_), _) if n + 1 < TRIES && self.puts_off() => {
                             self.host.world.chance.fault("orphans put off");
-                            self.host.fall();
-                            self.host.world.pass(Duration::from_secs(1));
-                            self.host.breathe();
+                            self.fall_and_wait();
                         }
                         (other, _) => return other.map(|()| self.mend(&mut rot, "bit rot, borne")),
                     }
@@ -107,13 +105,18 @@ impl Run {
                     if matches!(error, Error::Corrupt { .. } | Error::Refused(_)) {
                         self.mend(&mut rot, "bit rot, refused");
                     }
-                    self.host.fall();
-                    self.host.world.pass(Duration::from_secs(1));
-                    self.host.breathe();
+                    self.fall_and_wait();
                 }
             }
         }
         Err(format!("home did not open in {TRIES} tries"))
+    }
+
+    /// Until the weather may be another.
+    fn fall_and_wait(&mut self) {
+        self.host.fall();
+        self.host.world.pass(Duration::from_secs(1));
+        self.host.breathe();
     }
 
     /// Home is up, but the store did not answer when it wanted to know which inodes have no name: it will ask again the
