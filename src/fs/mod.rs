@@ -185,6 +185,11 @@ impl Fs {
         state.dirty_bytes + state.sealing_bytes
     }
 
+    /// See [`State::is_behind`].
+    pub fn is_behind(&self) -> bool {
+        self.state.lock().is_behind(&self.settings)
+    }
+
     /// Bytes in the segment that is still open: committed here, and not yet on their way.
     pub fn open_segment_bytes(&self) -> u64 {
         self.open_segment.load(Ordering::Relaxed)

@@ -210,6 +210,12 @@ impl State {
             && self.over_limit.is_none()
     }
 
+    /// True while applications write faster than the local disk takes it. One that is full is not waited for: room comes back
+    /// when what lies on it has been sent.
+    pub fn is_behind(&self, settings: &Settings) -> bool {
+        !self.no_space && self.dirty_bytes + self.sealing_bytes >= settings.dirty_max / 4
+    }
+
     /// File bytes in use, at most.
     pub fn used(&self) -> u64 {
         self.live_bytes + self.growth + self.sealing_growth
@@ -492,6 +498,17 @@ mod tests {
         let delta: Delta = keys.iter().map(|key| (key.to_be_bytes().to_vec(), Some(value.into()))).collect();
         let weight = delta.iter().map(|(k, v)| weight(k, v)).sum();
         Level { delta: Arc::new(delta), weight, frozen, upto: CommitNo(upto) }
+    }
+
+    #[test]
+    fn the_disk_is_behind_while_much_waits_and_not_once_it_is_full() {
+        let settings = Settings { dirty_max: 400, ..Settings::default() };
+        let state = |dirty_bytes, sealing_bytes, no_space| {
+            let empty = State::new(Recovery::empty(), &settings, &Env::system());
+            State { dirty_bytes, sealing_bytes, no_space, ..empty }.is_behind(&settings)
+        };
+        assert_eq!([state(60, 40, false), state(0, 100, false), state(60, 39, false)], [true, true, false]);
+        assert!(!state(400, 400, true), "waiting would keep it full");
     }
 
     #[test]

@@ -14,6 +14,7 @@ use ::log::{info, warn};
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Mutex;
@@ -224,6 +225,10 @@ impl Store for ProvenStore {
         self.inner.delete(name)
     }
 
+    fn shares_disk(&self, path: &Path) -> bool {
+        self.inner.shares_disk(path)
+    }
+
     fn describe(&self) -> String {
         self.inner.describe()
     }
@@ -233,7 +238,9 @@ impl Store for ProvenStore {
 mod tests {
     use super::*;
     use crate::clock::Env;
+    use crate::store::counted::CountedStore;
     use crate::store::fault::{FaultStore, Faults};
+    use crate::store::local::LocalStore;
     use crate::store::memory::MemoryStore;
     use crate::store::retry::{RetryPolicy, RetryStore};
     use std::sync::atomic::{AtomicBool, Ordering};
@@ -308,6 +315,18 @@ mod tests {
         memory.put_new(volume::NAME, Bytes::from_static(b"{another}!!!")).await.unwrap();
         assert!(matches!(proven.verdict().await, Verdict::Unknown(_)));
         assert_eq!(memory.get_suffix(volume::NAME, 99).await.unwrap().0, &b"{another}!!!"[..]);
+    }
+
+    #[test]
+    fn whose_disk_the_store_is_on_is_told_through_what_stands_before_it() {
+        let (one, other) = (tempfile::tempdir().unwrap(), Path::new("/proc"));
+        let local = Arc::new(LocalStore::new(one.path()));
+        let retry = Arc::new(RetryStore::new(local, Env::system(), RetryPolicy::default()));
+        let all = CountedStore::new(Arc::new(proven(retry)));
+        assert_eq!((all.shares_disk(one.path()), all.shares_disk(other)), (true, false));
+        drop(one);
+        assert!(!all.shares_disk(&std::env::temp_dir()), "a store that is not there");
+        assert!(!proven(Arc::new(MemoryStore::new())).shares_disk(other));
     }
 
     #[tokio::test(start_paused = true)]

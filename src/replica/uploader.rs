@@ -29,8 +29,10 @@ const DENIED_FIRST_DELAY: Duration = Duration::from_secs(1);
 const DENIED_DELAY: Duration = Duration::from_secs(30);
 /// How long the disk is trusted with a segment that was just written.
 const TRUSTED_FOR: Duration = Duration::from_secs(60);
-/// How long a segment waits for a busy local disk, and how often that is looked at.
-const HOLD_MAX: Duration = Duration::from_secs(1);
+/// How long a segment waits for a busy local disk, at most; where the store is on that disk, a copy there takes half of what
+/// the disk can do, and protects from nothing that the spool does not. And how often that is looked at.
+pub(super) const HOLD_MAX: Duration = Duration::from_secs(1);
+pub(super) const HOLD_MAX_SAME_DISK: Duration = Duration::from_secs(10);
 const HOLD_TICK: Duration = Duration::from_millis(20);
 /// Bytes of segments on their way at once, at most, if it is more than one.
 const BYTES_MAX: u64 = 64 << 20;
@@ -68,6 +70,8 @@ pub struct Hooks {
     pub on_sent: OnSent,
     /// See [`Busy`].
     pub busy: Busy,
+    /// How long a segment waits while it is, at most.
+    pub hold_max: Duration,
     /// See [`Whose`].
     pub whose: Whose,
 }
@@ -85,6 +89,7 @@ struct Shared {
     env: Env,
     on_sent: OnSent,
     busy: Busy,
+    hold_max: Duration,
     whose: Whose,
     /// Turns true once: at a stop or a fence.
     halt: watch::Sender<bool>,
@@ -116,7 +121,7 @@ impl Uploader {
         in_flight: usize,
         hooks: Hooks,
     ) -> Uploader {
-        let Hooks { on_sent, busy, whose } = hooks;
+        let Hooks { on_sent, busy, hold_max, whose } = hooks;
         let (queue, incoming) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             store,
@@ -124,6 +129,7 @@ impl Uploader {
             env,
             on_sent,
             busy,
+            hold_max,
             whose,
             halt: watch::Sender::new(false),
             pending: AtomicU64::new(0),
@@ -190,10 +196,10 @@ async fn run(shared: Arc<Shared>, mut incoming: mpsc::UnboundedReceiver<Upload>,
     let mut flying = FuturesOrdered::new();
     let mut saving: Option<BoxFuture<'static, ()>> = None;
     loop {
-        // The local commit goes first, for a moment: reading the spool and, with a directory as the store, writing it
-        // again would take the disk from it.
+        // The local commit goes first, for a while: reading the spool and, with a directory as the store, writing it again
+        // would take the disk from it.
         let since = segments.front().map(|(_, since)| *since);
-        let held = since.is_some_and(|since| shared.now() < since + HOLD_MAX) && (shared.busy)();
+        let held = since.is_some_and(|since| shared.now() < since + shared.hold_max) && (shared.busy)();
         while !held && let Some(segment) = under_way.next(&mut segments) {
             flying.push_back(send_segment(shared.clone(), segment));
         }

@@ -13,7 +13,7 @@ use super::predecessor::Predecessor;
 use super::proof::ProvenStore;
 use super::space;
 use super::trust::Trust;
-use super::uploader::{Hooks, Upload, Uploader};
+use super::uploader::{HOLD_MAX, HOLD_MAX_SAME_DISK, Hooks, Upload, Uploader};
 use crate::clock::{Env, Thread};
 use crate::crypto::keyfile::{KeyFile, Role as KeyRole};
 use crate::fs::{CheckpointOutcome, Checkpointer, Committer, Fs, Settings, Shipping};
@@ -449,6 +449,7 @@ impl Shipper {
         });
         let this = Arc::downgrade(self);
         let busy = Box::new(move || this.upgrade().is_some_and(|this| this.busy()));
+        let hold_max = if store.shares_disk(self.dir.root()) { HOLD_MAX_SAME_DISK } else { HOLD_MAX };
         let ctx = self.ctx.clone();
         let whose = Box::new(move |seq, bytes: &[u8]| {
             log::claim::read_marked(&ctx, seq, bytes).ok().map(|found| found.to_string())
@@ -459,15 +460,14 @@ impl Shipper {
             self.durable.clone(),
             self.env.clone(),
             uploads,
-            Hooks { on_sent, busy, whose },
+            Hooks { on_sent, busy, hold_max, whose },
         );
         *self.uploader.lock() = Some(uploader);
     }
 
     /// True while the committer is behind the applications, and nobody waits for what is to be sent.
     fn busy(&self) -> bool {
-        let pressed = |fs: Arc<Fs>| fs.dirty_bytes() >= fs.settings.dirty_max / 4;
-        !self.durable.has_waiters() && self.fs.get().and_then(Weak::upgrade).is_some_and(pressed)
+        !self.durable.has_waiters() && self.fs.get().and_then(Weak::upgrade).is_some_and(|fs| fs.is_behind())
     }
 
     fn push(&self, upload: Upload) {

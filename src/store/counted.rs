@@ -5,6 +5,7 @@ use super::{ObjectInfo, Store, StoreError};
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -64,6 +65,10 @@ impl Store for CountedStore {
     fn delete(&self, name: &str) -> BoxFuture<'_, Result<(), StoreError>> {
         self.asked();
         self.inner.delete(name)
+    }
+
+    fn shares_disk(&self, path: &Path) -> bool {
+        self.inner.shares_disk(path)
     }
 
     fn describe(&self) -> String {

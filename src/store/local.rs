@@ -480,6 +480,11 @@ impl Store for LocalStore {
         self.run(name, Access::Read, |shared, name| shared.delete(name))
     }
 
+    fn shares_disk(&self, path: &Path) -> bool {
+        let device = |path: &Path| fs::metadata(path).map(|meta| meta.dev()).ok();
+        device(path).is_some_and(|found| device(&self.shared.root) == Some(found))
+    }
+
     fn describe(&self) -> String {
         format!("file://{}", self.shared.root.display())
     }

@@ -21,6 +21,7 @@ use crate::disk::FileRef;
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
 use std::ops::Range;
+use std::path::Path;
 use std::time::Duration;
 
 /// The slowest link, for each of the requests that share it, on which a body still gets through.
@@ -234,6 +235,11 @@ pub trait Store: Send + Sync {
     ) -> BoxFuture<'_, Result<Vec<ObjectInfo>, StoreError>>;
     /// Deletes the object; it is no error if it is missing.
     fn delete(&self, name: &str) -> BoxFuture<'_, Result<(), StoreError>>;
+    /// True when objects are known to come to lie on the disk on which `path` does: they are lost with it, and putting them
+    /// takes that disk's time. May ask the disk.
+    fn shares_disk(&self, _path: &Path) -> bool {
+        false
+    }
     /// What to call this store in messages: its URL, never a secret.
     fn describe(&self) -> String;
 }

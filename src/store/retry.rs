@@ -9,6 +9,7 @@ use crate::disk::FileRef;
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -248,6 +249,10 @@ impl Store for RetryStore {
     fn delete(&self, name: &str) -> BoxFuture<'_, Result<(), StoreError>> {
         let name = name.to_owned();
         async move { self.read(&name, 0, || self.inner.delete(&name)).await }.boxed()
+    }
+
+    fn shares_disk(&self, path: &Path) -> bool {
+        self.inner.shares_disk(path)
     }
 
     fn describe(&self) -> String {

@@ -10,6 +10,7 @@ use crate::store::{ObjectInfo, local::LocalStore};
 use crate::types::{CommitNo, Hash, Head, Timestamp};
 use parking_lot::Mutex;
 use std::ops::Range;
+use std::sync::atomic::AtomicBool;
 use tokio::time::{Instant, sleep, timeout};
 
 /// The runtime's clock, which the tests pause.
@@ -45,10 +46,15 @@ impl Rig {
     }
 
     fn start(&self, store: Arc<dyn Store>) -> Uploader {
+        self.start_beside(store, Box::new(|| false))
+    }
+
+    /// With a local disk that is busy when that says so.
+    fn start_beside(&self, store: Arc<dyn Store>, busy: Busy) -> Uploader {
         let sent = self.sent.clone();
         let on_sent = Box::new(move |segment: &ClosedSegment| sent.lock().push(segment.head.seq.0));
         let handle = tokio::runtime::Handle::current();
-        let hooks = Hooks { on_sent, busy: Box::new(|| false), whose: Box::new(|_, _| None) };
+        let hooks = Hooks { on_sent, busy, hold_max: HOLD_MAX, whose: Box::new(|_, _| None) };
         Uploader::start(handle, store, self.durable.clone(), self.env.clone(), 4, hooks)
     }
 
@@ -160,6 +166,27 @@ async fn lost_requests_and_answers_delay_but_lose_and_repeat_nothing() {
         let (body, _) = rig.memory.get_suffix(&format!("log/{}", Seq(n)), u64::MAX).await.unwrap();
         assert_eq!(body, std::fs::read(rig.segment(n).file.path).unwrap());
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_busy_disk_holds_segments_back_but_not_for_long() {
+    let rig = Rig::new(Protection::Local);
+    let busy = Arc::new(AtomicBool::new(true));
+    let says = busy.clone();
+    let uploader = rig.start_beside(rig.memory.clone(), Box::new(move || says.load(Ordering::SeqCst)));
+    let begin = Instant::now();
+    rig.push(&uploader, 1);
+    sleep(HOLD_MAX - HOLD_TICK).await;
+    assert!(rig.memory.list("log/", None, 9).await.unwrap().is_empty(), "held back");
+    until_idle(&uploader).await;
+    assert!(begin.elapsed() < HOLD_MAX + 2 * HOLD_TICK, "{:?}", begin.elapsed());
+    rig.push(&uploader, 2);
+    sleep(2 * HOLD_TICK).await;
+    assert_eq!(rig.memory.list("log/", None, 9).await.unwrap().len(), 1, "held back again");
+    busy.store(false, Ordering::SeqCst);
+    until_idle(&uploader).await;
+    assert!(begin.elapsed() < HOLD_MAX + 6 * HOLD_TICK, "{:?}", begin.elapsed());
+    assert_eq!(*rig.sent.lock(), [1, 2]);
 }
 
 #[tokio::test(start_paused = true)]
