@@ -7,7 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -70,6 +70,10 @@ pub trait Disk: Debug + Send + Sync {
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
     /// Bytes that may still be written where the directory lies.
     fn free_bytes(&self, dir: &Path) -> io::Result<u64>;
+    /// The device (`st_dev`) on which the path lies, if it is known.
+    fn device(&self, _path: &Path) -> Option<u64> {
+        None
+    }
     /// Locks the file, making it if need be, until the lock is dropped. `Err` names the holder, if it said who it is.
     fn lock(&self, path: &Path) -> io::Result<Result<Box<dyn Lock>, String>>;
     /// True for the machine's own disk: a call may take long, so that it must not be made where many wait, and others
@@ -235,6 +239,10 @@ impl Disk for SystemDisk {
         };
         check(result)?;
         Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
+
+    fn device(&self, path: &Path) -> Option<u64> {
+        std::fs::metadata(path).map(|meta| meta.dev()).ok()
     }
 
     fn lock(&self, path: &Path) -> io::Result<Result<Box<dyn Lock>, String>> {

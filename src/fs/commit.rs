@@ -348,7 +348,6 @@ impl Committer {
         };
         let parts = delta::encode(&counters, merged(&taken.meta, &changes));
         let time = self.fs.env.clock.now();
-        self.log.lock().set_stored(self.shipping.stored());
         self.with_room(|log| log.append_commit(taken.no, time, &parts))?;
         let close = close || self.log.lock().is_full(self.fs.settings.segment_size);
         match close {
@@ -472,6 +471,7 @@ impl Committer {
 /// are shipped in the order of the chain, because who waits for one is told when a later one is there. Returns the
 /// segment's bytes.
 pub(super) fn close_and_ship(log: &mut LogWriter, shipping: &dyn Shipping) -> log::Result<u64> {
+    log.set_stored(shipping.stored());
     let Some(segment) = log.close()? else { return Ok(0) };
     let len = segment.len;
     shipping.closed(segment);

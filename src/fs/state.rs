@@ -210,10 +210,11 @@ impl State {
             && self.over_limit.is_none()
     }
 
-    /// True while applications write faster than the local disk takes it. One that is full is not waited for: room comes back
-    /// when what lies on it has been sent.
+    /// True while applications write faster than the local disk takes it. One that is full is not waited for, since only what
+    /// was sent can go from it; nor is one to which nothing more will be written.
     pub fn is_behind(&self, settings: &Settings) -> bool {
-        !self.no_space && self.dirty_bytes + self.sealing_bytes >= settings.dirty_max / 4
+        let goes_on = !self.no_space && !self.stopping && self.failed.is_none();
+        goes_on && self.dirty_bytes + self.sealing_bytes >= settings.dirty_max / 4
     }
 
     /// File bytes in use, at most.
@@ -509,6 +510,13 @@ mod tests {
         };
         assert_eq!([state(60, 40, false), state(0, 100, false), state(60, 39, false)], [true, true, false]);
         assert!(!state(400, 400, true), "waiting would keep it full");
+        let end = |change: fn(&mut State)| {
+            let mut state = State::new(Recovery::empty(), &settings, &Env::system());
+            state.dirty_bytes = 400;
+            change(&mut state);
+            state.is_behind(&settings)
+        };
+        assert!(end(|_| ()) && !end(|st| st.stopping = true) && !end(|st| st.failed = Some("x".into())));
     }
 
     #[test]

@@ -164,6 +164,11 @@ impl StateDir {
         Ok(names)
     }
 
+    /// The device (`st_dev`) on which the directory lies, if it is known.
+    pub fn device(&self) -> Option<u64> {
+        self.disk.device(&self.root)
+    }
+
     /// Bytes that may still be written to the file system the directory lies on.
     pub fn free_bytes(&self) -> Result<u64> {
         self.disk.free_bytes(&self.root).map_err(Error::io(format!("statvfs {}", self.root.display())))

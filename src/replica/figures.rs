@@ -20,6 +20,9 @@ impl Volume {
 
     /// Bytes that the spool's disk had left when a writer last looked.
     pub fn spool_free_bytes(&self) -> Option<u64> {
-        self.home.as_ref().map(|home| home.free_bytes.load(Ordering::Relaxed)).filter(|n| *n != u64::MAX)
+        self.home
+            .as_ref()
+            .map(|home| home.shipper.free_bytes.load(Ordering::Relaxed))
+            .filter(|n| *n != u64::MAX)
     }
 }

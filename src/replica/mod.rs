@@ -8,6 +8,7 @@ mod figures;
 pub mod follow;
 mod handover;
 mod held;
+mod hold;
 mod io;
 pub mod listing;
 mod opening;

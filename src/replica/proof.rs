@@ -14,7 +14,6 @@ use ::log::{info, warn};
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Mutex;
@@ -225,8 +224,8 @@ impl Store for ProvenStore {
         self.inner.delete(name)
     }
 
-    fn shares_disk(&self, path: &Path) -> bool {
-        self.inner.shares_disk(path)
+    fn device(&self) -> Option<u64> {
+        self.inner.device()
     }
 
     fn describe(&self) -> String {
@@ -243,6 +242,7 @@ mod tests {
     use crate::store::local::LocalStore;
     use crate::store::memory::MemoryStore;
     use crate::store::retry::{RetryPolicy, RetryStore};
+    use std::os::unix::fs::MetadataExt;
     use std::sync::atomic::{AtomicBool, Ordering};
 
     /// Forgets what "if absent" means, when told to.
@@ -317,16 +317,21 @@ mod tests {
         assert_eq!(memory.get_suffix(volume::NAME, 99).await.unwrap().0, &b"{another}!!!"[..]);
     }
 
-    #[test]
-    fn whose_disk_the_store_is_on_is_told_through_what_stands_before_it() {
-        let (one, other) = (tempfile::tempdir().unwrap(), Path::new("/proc"));
-        let local = Arc::new(LocalStore::new(one.path()));
-        let retry = Arc::new(RetryStore::new(local, Env::system(), RetryPolicy::default()));
+    #[tokio::test]
+    async fn the_stores_device_is_told_through_what_stands_before_it() {
+        let place = tempfile::tempdir().unwrap();
+        let local = Arc::new(LocalStore::new(place.path()));
+        let retry = Arc::new(RetryStore::new(local.clone(), Env::system(), RetryPolicy::default()));
         let all = CountedStore::new(Arc::new(proven(retry)));
-        assert_eq!((all.shares_disk(one.path()), all.shares_disk(other)), (true, false));
-        drop(one);
-        assert!(!all.shares_disk(&std::env::temp_dir()), "a store that is not there");
-        assert!(!proven(Arc::new(MemoryStore::new())).shares_disk(other));
+        assert_eq!(all.device(), None, "not seen yet to be a volume's");
+        local.put_new(volume::NAME, Bytes::from_static(SUPERBLOCK)).await.unwrap();
+        all.get_suffix(volume::NAME, 1).await.unwrap();
+        let device = std::fs::metadata(place.path()).unwrap().dev();
+        assert_eq!(all.device(), Some(device));
+        drop(place);
+        assert!(all.get_suffix(volume::NAME, 1).await.is_err());
+        assert_eq!(all.device(), Some(device), "where it was; what shows under the path now is not it");
+        assert_eq!(proven(Arc::new(MemoryStore::new())).device(), None);
     }
 
     #[tokio::test(start_paused = true)]

@@ -14,10 +14,8 @@ const SPACE_INTERVAL: Duration = Duration::from_secs(1);
 const SPACE_INTERVAL_NEAR: Duration = Duration::from_millis(20);
 const SPACE_NEAR: u64 = 8 << 30;
 
-/// Keeps the file system told whether the spool's disk has room for what memory may still hold; gives what is left.
-pub(super) fn watch(fs: &Arc<Fs>, dir: &Arc<StateDir>, runtime: &Io, dirty_max: u64) -> Arc<AtomicU64> {
-    let last = Arc::new(AtomicU64::new(u64::MAX));
-    let seen = last.clone();
+/// Keeps the file system told whether the spool's disk has room for what memory may still hold, and `last` what is left.
+pub(super) fn watch(fs: &Arc<Fs>, dir: &Arc<StateDir>, runtime: &Io, dirty_max: u64, last: Arc<AtomicU64>) {
     let (fs, dir) = (Arc::downgrade(fs), Arc::downgrade(dir)); // the task must not keep the volume open
     let reserve = 2 * dirty_max + (64 << 20);
     runtime.spawn(async move {
@@ -37,5 +35,4 @@ pub(super) fn watch(fs: &Arc<Fs>, dir: &Arc<StateDir>, runtime: &Io, dirty_max: 
             tokio::time::sleep(pause).await;
         }
     });
-    seen
 }

@@ -29,10 +29,7 @@ const DENIED_FIRST_DELAY: Duration = Duration::from_secs(1);
 const DENIED_DELAY: Duration = Duration::from_secs(30);
 /// How long the disk is trusted with a segment that was just written.
 const TRUSTED_FOR: Duration = Duration::from_secs(60);
-/// How long a segment waits for a busy local disk, at most; where the store is on that disk, a copy there takes half of what
-/// the disk can do, and protects from nothing that the spool does not. And how often that is looked at.
-pub(super) const HOLD_MAX: Duration = Duration::from_secs(1);
-pub(super) const HOLD_MAX_SAME_DISK: Duration = Duration::from_secs(10);
+/// How often is looked at whether a segment is still held back.
 const HOLD_TICK: Duration = Duration::from_millis(20);
 /// Bytes of segments on their way at once, at most, if it is more than one.
 const BYTES_MAX: u64 = 64 << 20;
@@ -55,8 +52,8 @@ pub enum Upload {
     },
 }
 
-/// True while applications write faster than the local disk takes it and nobody waits for the embassy.
-pub type Busy = Box<dyn Fn() -> bool + Send + Sync>;
+/// Says how old a segment may become before it is sent, as things are now: it is held back for the local disk's sake.
+pub type Hold = Box<dyn Fn() -> Duration + Send + Sync>;
 
 /// Says of a whole foreign segment whose it is, if it tells.
 pub type Whose = Box<dyn Fn(Seq, &[u8]) -> Option<String> + Send + Sync>;
@@ -68,10 +65,8 @@ pub type OnSent = Box<dyn Fn(&ClosedSegment) + Send + Sync>;
 pub struct Hooks {
     /// See [`OnSent`].
     pub on_sent: OnSent,
-    /// See [`Busy`].
-    pub busy: Busy,
-    /// How long a segment waits while it is, at most.
-    pub hold_max: Duration,
+    /// See [`Hold`].
+    pub hold: Hold,
     /// See [`Whose`].
     pub whose: Whose,
 }
@@ -88,8 +83,7 @@ struct Shared {
     durable: Arc<Durable>,
     env: Env,
     on_sent: OnSent,
-    busy: Busy,
-    hold_max: Duration,
+    hold: Hold,
     whose: Whose,
     /// Turns true once: at a stop or a fence.
     halt: watch::Sender<bool>,
@@ -121,15 +115,14 @@ impl Uploader {
         in_flight: usize,
         hooks: Hooks,
     ) -> Uploader {
-        let Hooks { on_sent, busy, hold_max, whose } = hooks;
+        let Hooks { on_sent, hold, whose } = hooks;
         let (queue, incoming) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             store,
             durable,
             env,
             on_sent,
-            busy,
-            hold_max,
+            hold,
             whose,
             halt: watch::Sender::new(false),
             pending: AtomicU64::new(0),
@@ -196,10 +189,10 @@ async fn run(shared: Arc<Shared>, mut incoming: mpsc::UnboundedReceiver<Upload>,
     let mut flying = FuturesOrdered::new();
     let mut saving: Option<BoxFuture<'static, ()>> = None;
     loop {
-        // The local commit goes first, for a while: reading the spool and, with a directory as the store, writing it again
-        // would take the disk from it.
-        let since = segments.front().map(|(_, since)| *since);
-        let held = since.is_some_and(|since| shared.now() < since + shared.hold_max) && (shared.busy)();
+        // The first of all is not held back: until it is in the store, each goes alone.
+        let held = segments.front().is_some_and(|(front, since): &(ClosedSegment, Duration)| {
+            front.stored != Seq(0) && shared.now() < *since + (shared.hold)()
+        });
         while !held && let Some(segment) = under_way.next(&mut segments) {
             flying.push_back(send_segment(shared.clone(), segment));
         }

@@ -6,6 +6,7 @@ use super::divergent::FENCED;
 use super::durable::{Durable, Protection, WaitError};
 use super::follow::{Follower, Parts as Parted};
 use super::held;
+use super::hold::Holding;
 use super::io::Io;
 use super::opening::{self, Opened, Version};
 use super::orphans;
@@ -13,7 +14,7 @@ use super::predecessor::Predecessor;
 use super::proof::ProvenStore;
 use super::space;
 use super::trust::Trust;
-use super::uploader::{HOLD_MAX, HOLD_MAX_SAME_DISK, Hooks, Upload, Uploader};
+use super::uploader::{Hooks, Upload, Uploader};
 use crate::clock::{Env, Thread};
 use crate::crypto::keyfile::{KeyFile, Role as KeyRole};
 use crate::fs::{CheckpointOutcome, Checkpointer, Committer, Fs, Settings, Shipping};
@@ -104,8 +105,6 @@ pub struct Volume {
 pub(super) struct Home {
     pub(super) shipper: Arc<Shipper>,
     committer: Mutex<Option<Box<dyn Thread>>>,
-    /// What the spool's disk has left, looked at each second; the greatest number while that is not known.
-    pub(super) free_bytes: Arc<AtomicU64>,
 }
 
 impl Volume {
@@ -376,6 +375,7 @@ impl Parts<'_> {
             sent: Mutex::new(sent.iter().map(|segment| segment.head.seq).collect()),
             times: Mutex::new(times),
             fs: OnceLock::new(),
+            free_bytes: Arc::new(AtomicU64::new(u64::MAX)),
             closing: AtomicBool::new(false),
         });
         let proven = proven.keeping(shipper.ctx.clone(), durable.clone());
@@ -388,7 +388,8 @@ impl Parts<'_> {
         let threads = env.threads.clone();
         let fs = Arc::new(Fs::new(self.settings, env, self.reader.clone(), opened.recovery));
         self.before.map_or(Ok(()), |before| before.hand_on(&fs, &durable))?;
-        let free_bytes = space::watch(&fs, self.dir, self.runtime, self.options.settings.dirty_max);
+        let dirty_max = self.options.settings.dirty_max;
+        space::watch(&fs, self.dir, self.runtime, dirty_max, shipper.free_bytes.clone());
         let _ = shipper.fs.set(Arc::downgrade(&fs)); // set once, here
         let latched = Arc::downgrade(&fs);
         let dir = Arc::downgrade(self.dir); // the account can outlive the volume by a moment
@@ -407,7 +408,7 @@ impl Parts<'_> {
             .spawn("committer", Box::new(move || committer.run()))
             .map_err(Error::io("start the committer's thread"))?;
         fs.abandoned().into_iter().for_each(|ino| orphans::free(&fs, ino, self.reader, self.runtime));
-        Ok((fs, Some(Home { shipper, committer: Mutex::new(Some(thread)), free_bytes })))
+        Ok((fs, Some(Home { shipper, committer: Mutex::new(Some(thread)) })))
     }
 }
 
@@ -435,6 +436,8 @@ pub(super) struct Shipper {
     times: Mutex<Times>,
     /// The file system above, once there is one.
     fs: OnceLock<Weak<Fs>>,
+    /// What the spool's disk has left, looked at each second; the greatest number while that is not known.
+    pub(super) free_bytes: Arc<AtomicU64>,
     /// The volume is being closed: nothing is waited for any more.
     closing: AtomicBool,
 }
@@ -448,8 +451,9 @@ impl Shipper {
             }
         });
         let this = Arc::downgrade(self);
-        let busy = Box::new(move || this.upgrade().is_some_and(|this| this.busy()));
-        let hold_max = if store.shares_disk(self.dir.root()) { HOLD_MAX_SAME_DISK } else { HOLD_MAX };
+        let fs = move || this.upgrade().and_then(|this| this.fs.get().and_then(Weak::upgrade));
+        let holding = Holding::new(&self.dir, &store, &self.durable, &self.free_bytes);
+        let hold = Box::new(move || fs().map_or(Duration::ZERO, |fs| holding.longest(&fs)));
         let ctx = self.ctx.clone();
         let whose = Box::new(move |seq, bytes: &[u8]| {
             log::claim::read_marked(&ctx, seq, bytes).ok().map(|found| found.to_string())
@@ -460,14 +464,9 @@ impl Shipper {
             self.durable.clone(),
             self.env.clone(),
             uploads,
-            Hooks { on_sent, busy, hold_max, whose },
+            Hooks { on_sent, hold, whose },
         );
         *self.uploader.lock() = Some(uploader);
-    }
-
-    /// True while the committer is behind the applications, and nobody waits for what is to be sent.
-    fn busy(&self) -> bool {
-        !self.durable.has_waiters() && self.fs.get().and_then(Weak::upgrade).is_some_and(|fs| fs.is_behind())
     }
 
     fn push(&self, upload: Upload) {

@@ -5,7 +5,6 @@ use super::{ObjectInfo, Store, StoreError};
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -67,8 +66,8 @@ impl Store for CountedStore {
         self.inner.delete(name)
     }
 
-    fn shares_disk(&self, path: &Path) -> bool {
-        self.inner.shares_disk(path)
+    fn device(&self) -> Option<u64> {
+        self.inner.device()
     }
 
     fn describe(&self) -> String {

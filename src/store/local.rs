@@ -480,9 +480,8 @@ impl Store for LocalStore {
         self.run(name, Access::Read, |shared, name| shared.delete(name))
     }
 
-    fn shares_disk(&self, path: &Path) -> bool {
-        let device = |path: &Path| fs::metadata(path).map(|meta| meta.dev()).ok();
-        device(path).is_some_and(|found| device(&self.shared.root) == Some(found))
+    fn device(&self) -> Option<u64> {
+        self.shared.known.lock().as_ref().map(|known| known.id.0)
     }
 
     fn describe(&self) -> String {

@@ -21,7 +21,6 @@ use crate::disk::FileRef;
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
 use std::ops::Range;
-use std::path::Path;
 use std::time::Duration;
 
 /// The slowest link, for each of the requests that share it, on which a body still gets through.
@@ -235,10 +234,10 @@ pub trait Store: Send + Sync {
     ) -> BoxFuture<'_, Result<Vec<ObjectInfo>, StoreError>>;
     /// Deletes the object; it is no error if it is missing.
     fn delete(&self, name: &str) -> BoxFuture<'_, Result<(), StoreError>>;
-    /// True when objects are known to come to lie on the disk on which `path` does: they are lost with it, and putting them
-    /// takes that disk's time. May ask the disk.
-    fn shares_disk(&self, _path: &Path) -> bool {
-        false
+    /// The device (`st_dev`) on which objects come to lie, as last seen; none where it is not one of this host's, or not
+    /// known. Asks nobody.
+    fn device(&self) -> Option<u64> {
+        None
     }
     /// What to call this store in messages: its URL, never a secret.
     fn describe(&self) -> String;

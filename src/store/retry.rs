@@ -9,7 +9,6 @@ use crate::disk::FileRef;
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -251,8 +250,8 @@ impl Store for RetryStore {
         async move { self.read(&name, 0, || self.inner.delete(&name)).await }.boxed()
     }
 
-    fn shares_disk(&self, path: &Path) -> bool {
-        self.inner.shares_disk(path)
+    fn device(&self) -> Option<u64> {
+        self.inner.device()
     }
 
     fn describe(&self) -> String {

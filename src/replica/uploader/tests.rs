@@ -46,15 +46,14 @@ impl Rig {
     }
 
     fn start(&self, store: Arc<dyn Store>) -> Uploader {
-        self.start_beside(store, Box::new(|| false))
+        self.start_held(store, Box::new(|| Duration::ZERO))
     }
 
-    /// With a local disk that is busy when that says so.
-    fn start_beside(&self, store: Arc<dyn Store>, busy: Busy) -> Uploader {
+    fn start_held(&self, store: Arc<dyn Store>, hold: Hold) -> Uploader {
         let sent = self.sent.clone();
         let on_sent = Box::new(move |segment: &ClosedSegment| sent.lock().push(segment.head.seq.0));
         let handle = tokio::runtime::Handle::current();
-        let hooks = Hooks { on_sent, busy, hold_max: HOLD_MAX, whose: Box::new(|_, _| None) };
+        let hooks = Hooks { on_sent, hold, whose: Box::new(|_, _| None) };
         Uploader::start(handle, store, self.durable.clone(), self.env.clone(), 4, hooks)
     }
 
@@ -169,24 +168,30 @@ async fn lost_requests_and_answers_delay_but_lose_and_repeat_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_busy_disk_holds_segments_back_but_not_for_long() {
+async fn segments_are_held_back_as_long_as_they_are_to_be_but_for_the_first() {
     let rig = Rig::new(Protection::Local);
-    let busy = Arc::new(AtomicBool::new(true));
-    let says = busy.clone();
-    let uploader = rig.start_beside(rig.memory.clone(), Box::new(move || says.load(Ordering::SeqCst)));
+    let (limit, held) = (Duration::from_secs(3), Arc::new(AtomicBool::new(true)));
+    let says = held.clone();
+    let hold = move || if says.load(Ordering::SeqCst) { limit } else { Duration::ZERO };
+    let uploader = rig.start_held(rig.memory.clone(), Box::new(hold));
+    let sent = || rig.sent.lock().clone();
     let begin = Instant::now();
-    rig.push(&uploader, 1);
-    sleep(HOLD_MAX - HOLD_TICK).await;
-    assert!(rig.memory.list("log/", None, 9).await.unwrap().is_empty(), "held back");
+    uploader.push(Upload::Segment(ClosedSegment { stored: Seq(0), ..rig.segment(1) }));
     until_idle(&uploader).await;
-    assert!(begin.elapsed() < HOLD_MAX + 2 * HOLD_TICK, "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < 2 * HOLD_TICK, "the store holds nothing yet");
+    let begin = Instant::now();
     rig.push(&uploader, 2);
-    sleep(2 * HOLD_TICK).await;
-    assert_eq!(rig.memory.list("log/", None, 9).await.unwrap().len(), 1, "held back again");
-    busy.store(false, Ordering::SeqCst);
+    sleep(limit - HOLD_TICK).await;
+    assert_eq!(sent(), [1], "held back");
     until_idle(&uploader).await;
-    assert!(begin.elapsed() < HOLD_MAX + 6 * HOLD_TICK, "{:?}", begin.elapsed());
-    assert_eq!(*rig.sent.lock(), [1, 2]);
+    assert!(begin.elapsed() < limit + 2 * HOLD_TICK, "{:?}", begin.elapsed());
+    rig.push(&uploader, 3);
+    sleep(2 * HOLD_TICK).await;
+    assert_eq!(sent(), [1, 2], "held back again");
+    held.store(false, Ordering::SeqCst);
+    until_idle(&uploader).await;
+    assert!(begin.elapsed() < limit + 6 * HOLD_TICK, "{:?}", begin.elapsed());
+    assert_eq!(sent(), [1, 2, 3]);
 }
 
 #[tokio::test(start_paused = true)]
