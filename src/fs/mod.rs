@@ -179,10 +179,9 @@ impl Fs {
         Usage { used: state.used(), inodes: state.inodes }
     }
 
-    /// Bytes written but not yet in the log.
+    /// See [`State::unlogged_bytes`].
     pub fn dirty_bytes(&self) -> u64 {
-        let state = self.state.lock();
-        state.dirty_bytes + state.sealing_bytes
+        self.state.lock().unlogged_bytes()
     }
 
     /// See [`State::is_behind`].

@@ -263,6 +263,11 @@ impl Durable {
         }
     }
 
+    /// Bytes in closed segments that the embassy is not known to hold.
+    pub fn unsent_bytes(&self) -> u64 {
+        self.state.lock().unsent_bytes
+    }
+
     /// The committer: everything up to `commit` is durable on the local disk.
     pub fn set_local(&self, commit: CommitNo) {
         let now = self.env.clock.monotonic();

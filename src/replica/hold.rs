@@ -49,7 +49,7 @@ impl Holding {
             waited_for: self.durable.has_waiters(),
             protection: self.durable.protection(),
             devices: (self.spool, self.store.device()),
-            unsent: self.durable.snapshot().unsent_bytes,
+            unsent: self.durable.unsent_bytes(),
             room: self.room.load(Ordering::Relaxed),
         })
     }
@@ -60,7 +60,7 @@ impl Holding {
 struct Weather {
     /// Applications write faster than the local disk takes it.
     behind: bool,
-    /// Somebody waits for what is to be sent.
+    /// Somebody waits in `fsync` or `sync`.
     waited_for: bool,
     protection: Protection,
     /// The devices on which spool and store lie, as far as known.
