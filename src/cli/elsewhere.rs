@@ -81,7 +81,7 @@ impl Elsewhere {
             }
             let there = table::find(&self.point).ok().flatten().filter(|entry| entry.is_ours());
             if let Some(entry) = there
-                && let Ok(status) = (Mounted { path: self.point.clone(), entry }).status()
+                && let Ok(status) = Mounted::of(entry).status()
             {
                 return Ok(status);
             }

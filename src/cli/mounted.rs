@@ -2,6 +2,7 @@
 
 use super::exit::{ExitCode, Failure};
 use crate::clock::Env;
+use crate::fuse::fusectl::Breaker;
 use crate::fuse::mount::own_ids;
 use crate::fuse::table::{self, MountEntry};
 use crate::ops::control::{Client, ControlError, Request, socket_path};
@@ -16,6 +17,8 @@ pub struct Mounted {
     pub path: PathBuf,
     /// Its line of the table.
     pub entry: MountEntry,
+    /// None where fusectl is not mounted.
+    breaker: Option<Breaker>,
 }
 
 /// The EmbassyFS mount at `path`.
@@ -27,7 +30,7 @@ pub fn find(path: &Path) -> Result<Mounted, Failure> {
     let entry = table::find(&real)
         .map_err(|e| Failure::from_error(ExitCode::Failed, "cannot read the mount table", &e))?;
     match entry {
-        Some(entry) if entry.is_ours() => Ok(Mounted { path: real, entry }),
+        Some(entry) if entry.is_ours() => Ok(Mounted::of(entry)),
         Some(entry) => Err(Failure::new(
             ExitCode::NotMounted,
             format!("what is mounted at {shown} is of type {}, not EmbassyFS", entry.fs_type),
@@ -42,10 +45,21 @@ pub fn all() -> Result<Vec<Mounted>, Failure> {
     let mounts = table::mounts()
         .map_err(|e| Failure::from_error(ExitCode::Failed, "cannot read the mount table", &e))?;
     let ours = mounts.into_iter().filter(MountEntry::is_ours);
-    Ok(ours.map(|entry| Mounted { path: entry.mount_point.clone(), entry }).collect())
+    Ok(ours.map(Mounted::of).collect())
 }
 
 impl Mounted {
+    /// The mount with this line of the table.
+    pub fn of(entry: MountEntry) -> Mounted {
+        let breaker = Breaker::of(entry.device.1).ok();
+        Mounted { path: entry.mount_point.clone(), entry, breaker }
+    }
+
+    /// Breaks its connection, so that everybody who waits for its daemon gets an error.
+    pub fn abort(&self) -> io::Result<()> {
+        self.breaker.map_or(Err(io::ErrorKind::NotFound.into()), |breaker| breaker.abort())
+    }
+
     /// A connection to the daemon; the error as the system gives it.
     pub fn connect(&self) -> io::Result<Client> {
         Client::connect(&self.socket(), Env::system().clock)

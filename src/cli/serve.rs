@@ -13,6 +13,7 @@ use crate::clock::{Clock, Env};
 use crate::fuse::adapter::{Ended, Ready};
 use crate::fuse::beneath;
 use crate::fuse::connection::{Connection, Greeting};
+use crate::fuse::fusectl::Breaker;
 use crate::fuse::mount::{self as kernel, MountSettings, Unmount, own_ids};
 use crate::fuse::table;
 use crate::ops::control::{Control, Server, socket_path};
@@ -249,12 +250,26 @@ fn prepare_process(plan: &MountPlan, stopper: &Arc<Stopper>) -> Result<(), Failu
 struct MountedHere {
     path: PathBuf,
     device: Option<(u32, u32)>,
+    /// None where fusectl is not mounted.
+    breaker: Option<Breaker>,
 }
 
 impl MountedHere {
     fn find(path: &Path) -> MountedHere {
         let device = table::find(path).ok().flatten().filter(|m| m.is_ours()).map(|m| m.device);
-        MountedHere { path: path.into(), device }
+        let breaker = device.and_then(|(_, minor)| Breaker::of(minor).ok());
+        MountedHere { path: path.into(), device, breaker }
+    }
+
+    /// Gives up on the processes that still use it, in the tree or not.
+    fn abort(&self) {
+        let missing = || io::Error::other("fusectl was not mounted");
+        match self.breaker.ok_or_else(missing).and_then(|breaker| breaker.abort()) {
+            // Nobody is left who uses it.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => ::log::warn!("cannot break the connection of processes that still use the mount: {e}"),
+            Ok(()) => {}
+        }
     }
 
     /// Takes the mount out of the tree if it is still there.
@@ -324,11 +339,7 @@ impl Stopper {
         if count > 1 {
             ::log::warn!("asked again: unmounting at once");
             mounted.detach();
-            if let Some((_, minor)) = mounted.device
-                && let Err(e) = table::abort(minor)
-            {
-                ::log::warn!("cannot break the connection of processes that still use the mount: {e}");
-            }
+            mounted.abort();
             return;
         }
         // Not on the signal thread, which must hear the second signal.

@@ -2,7 +2,7 @@
 //! Invariant: it never reports "all shipped" but on the daemon's word, it promises nothing about what is not committed,
 //! and it ends in bounded time whatever state the daemon is in.
 
-use super::copies::{self, Copies};
+use super::copies::Copies;
 use super::exit::{ExitCode, Failure, Outcome};
 use super::mounted::{self, Mounted};
 use super::options::parse_duration;
@@ -100,11 +100,12 @@ fn with_daemon(args: &UmountArgs, mount: &Mounted, mut daemon: Client) -> Outcom
     };
     // Opened while the daemon surely lives, so that the number means it and nobody else.
     let process = Pidfd::open(daemon.pid());
+    let copies = Copies::beside(&mount.entry);
     let mut forced = take_out(args.lazy, args.force, mount)?;
     if !args.lazy && !forced {
-        match copies::of(mount.entry.device) {
-            Some(_) if args.force => forced = table::abort(mount.entry.device.1).is_ok(),
-            Some(copies) => return Err(still_held(mount, &copies, known.as_ref())),
+        match copies.still_there() {
+            Some(_) if args.force => forced = mount.abort().is_ok(),
+            Some(left) => return Err(still_held(mount, &left, known.as_ref())),
             None => {}
         }
     }
@@ -131,9 +132,10 @@ fn with_daemon(args: &UmountArgs, mount: &Mounted, mut daemon: Client) -> Outcom
 /// Takes the mount out of the tree, for a daemon that has been told what for, and gives its last word.
 pub(super) fn leave(mount: &Mounted, daemon: &mut Client) -> Result<Status, Failure> {
     let process = Pidfd::open(daemon.pid());
+    let copies = Copies::beside(&mount.entry);
     take_out(false, false, mount)?;
-    if let Some(copies) = copies::of(mount.entry.device) {
-        return Err(still_held(mount, &copies, None));
+    if let Some(left) = copies.still_there() {
+        return Err(still_held(mount, &left, None));
     }
     let last = farewell(mount, daemon, CLOSE_WAIT).map_err(|e| {
         mount
@@ -227,9 +229,9 @@ fn take_out(lazy: bool, force: bool, mount: &Mounted) -> Result<bool, Failure> {
 }
 
 fn break_connection(mount: &Mounted) -> Result<(), Failure> {
-    // Through sysfs first: it frees processes that wait, whatever umount2 then has to say. MNT_FORCE does the same
+    // Through fusectl first: it frees processes that wait, whatever umount2 then has to say. MNT_FORCE does the same
     // where fusectl is not mounted.
-    let _ = table::abort(mount.entry.device.1);
+    let _ = mount.abort();
     match kernel::unmount_bounded(&mount.path, Unmount::Force, KERNEL_WAIT) {
         // A daemon that lives unmounts by itself when its connection breaks, and may have come before us.
         Err(e) if !is_gone(mount) => {

@@ -6,6 +6,7 @@ pub mod adapter;
 pub mod beneath;
 pub mod connection;
 pub mod control_dir;
+pub mod fusectl;
 pub mod gate;
 pub mod mount;
 mod pace;

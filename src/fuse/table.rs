@@ -17,6 +17,8 @@ const LINKS_MAX: usize = 40;
 /// One line of `/proc/self/mountinfo`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountEntry {
+    /// Number of this mount in the kernel, over all mount namespaces; given away again when the mount is gone.
+    pub id: u64,
     /// Device number of the file system; the minor number is also the number of the FUSE connection.
     pub device: (u32, u32),
     /// Where it is mounted.
@@ -68,12 +70,14 @@ pub fn parse(text: &[u8]) -> Vec<MountEntry> {
 fn parse_line(line: &[u8]) -> Option<MountEntry> {
     // id parent major:minor root mount_point options [optional fields ...] - type source super_options
     let mut fields = line.split(|b| *b == b' ');
-    let device = text(fields.nth(2)?);
+    let id = text(fields.next()?);
+    let device = text(fields.nth(1)?);
     let (major, minor) = device.split_once(':')?;
     let mount_point = unescape(fields.nth(1)?);
     let options = text(fields.next()?);
     let mut rest = fields.skip_while(|f| *f != b"-").skip(1);
     Some(MountEntry {
+        id: id.parse().ok()?,
         device: (major.parse().ok()?, minor.parse().ok()?),
         mount_point: PathBuf::from(OsString::from_vec(mount_point)),
         options,
@@ -137,11 +141,6 @@ pub fn normalise(path: &Path) -> io::Result<PathBuf> {
     Err(io::Error::from_raw_os_error(libc::ELOOP))
 }
 
-/// Breaks the connection of a mount, so that everybody who waits for its daemon gets an error.
-pub fn abort(minor: u32) -> io::Result<()> {
-    std::fs::write(format!("/sys/fs/fuse/connections/{minor}/abort"), "1")
-}
-
 /// True when `path` can be a mount option value: no comma, which would end it, and no control character.
 pub fn is_plain_value(path: &std::ffi::OsStr) -> bool {
     !path.as_bytes().iter().any(|b| *b == b',' || b.is_ascii_control())
@@ -164,7 +163,7 @@ mod tests {
         assert_eq!(all.len(), 3);
         let ours = &all[1];
         assert_eq!(ours.mount_point, Path::new("/srv/my land\\x"));
-        assert_eq!((ours.device, ours.is_ours(), ours.user_id()), ((0, 52), true, Some(7)));
+        assert_eq!((ours.id, ours.device, ours.is_ours(), ours.user_id()), (90, (0, 52), true, Some(7)));
         assert_eq!(ours.source, "embassyfs:land");
         assert_eq!(all[2].mount_point, Path::new("/plain\\09"));
     }
