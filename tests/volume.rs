@@ -5,6 +5,7 @@ mod common;
 
 use common::{ROOT_USER, World, content, create, node, noise};
 use embassyfs::fs::{SetAttr, Settings, XattrMode};
+use embassyfs::log::segment::TRAILER_LEN;
 use embassyfs::log::volume::Parameters;
 use embassyfs::replica::Version;
 use embassyfs::replica::volume::{OpenOptions, Volume};
@@ -239,5 +240,25 @@ fn a_full_volume_takes_overwrites_refuses_growth_and_has_room_again_at_once() {
         write(third, i * MIB, 300 + i).unwrap();
     }
     assert_eq!(write(third, 30 * MIB, 1).unwrap_err().errno(), libc::ENOSPC);
+    home.close(Duration::from_secs(20));
+}
+
+#[test]
+fn a_segment_says_what_of_the_chain_the_store_held_when_it_was_closed() {
+    let world = World::new(Parameters::default());
+    let home = world.home();
+    let ended_with = |name: &str| {
+        create(&world, &home, Ino::ROOT, name, b"a deed");
+        world.sync(&home);
+        let log = std::fs::read_dir(world.state("store/log")).unwrap();
+        let newest = log.map(|entry| entry.unwrap().path()).max().unwrap();
+        let seq = u64::from_str_radix(newest.file_name().unwrap().to_str().unwrap(), 16).unwrap();
+        let bytes = std::fs::read(newest).unwrap();
+        let trailer = &bytes[bytes.len() - TRAILER_LEN..];
+        (seq, u64::from_le_bytes(trailer[72..80].try_into().unwrap()))
+    };
+    let (first, before) = ended_with("first");
+    let (second, stored) = ended_with("second");
+    assert!(before < first && (first..second).contains(&stored), "{before} {first} {stored} {second}");
     home.close(Duration::from_secs(20));
 }

@@ -164,9 +164,9 @@ impl StateDir {
         Ok(names)
     }
 
-    /// The device (`st_dev`) on which the directory lies, if it is known.
-    pub fn device(&self) -> Option<u64> {
-        self.disk.device(&self.root)
+    /// The device (`st_dev`) on which the log lies, if it is known.
+    pub fn log_device(&self) -> Option<u64> {
+        self.disk.device(&self.root.join("log"))
     }
 
     /// Bytes that may still be written to the file system the directory lies on.

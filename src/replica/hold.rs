@@ -39,7 +39,7 @@ impl Holding {
         room: &Arc<AtomicU64>,
     ) -> Holding {
         let (store, durable, room) = (store.clone(), durable.clone(), room.clone());
-        Holding { spool: dir.device(), store, durable, room }
+        Holding { spool: dir.log_device(), store, durable, room }
     }
 
     /// How old a segment may become before it is sent.
