@@ -103,7 +103,7 @@ fn parse(words: Vec<OsString>) -> Result<Call, Failure> {
 fn remount(args: &MountArgs, words: &[String], fake: bool) -> Outcome {
     let place = args.mountpoint.as_deref().unwrap_or(Path::new("."));
     let mount = mounted::find(place)?;
-    let has = |name: &str| mount.entry.options.split(',').any(|option| option == name);
+    let has = |name: &str| mount.identity.entry().options.split(',').any(|option| option == name);
     // What mount(8) does not name is to be off: it leaves a word out to take it back.
     let mut options = MountOptions { suid: true, dev: true, ..MountOptions::default() };
     for word in words.iter().filter(|word| !word.contains('=') && *word != "remount") {

@@ -2,7 +2,7 @@
 
 use super::exit::{ExitCode, Failure};
 use crate::clock::Env;
-use crate::fuse::fusectl::Breaker;
+use crate::fuse::identity::MountIdentity;
 use crate::fuse::mount::own_ids;
 use crate::fuse::table::{self, MountEntry};
 use crate::ops::control::{Client, ControlError, Request, socket_path};
@@ -15,10 +15,8 @@ use std::path::{Path, PathBuf};
 pub struct Mounted {
     /// Its path, as the table has it.
     pub path: PathBuf,
-    /// Its line of the table.
-    pub entry: MountEntry,
-    /// None where fusectl is not mounted.
-    breaker: Option<Breaker>,
+    /// Which it is, whatever comes to its place.
+    pub identity: MountIdentity,
 }
 
 /// The EmbassyFS mount at `path`.
@@ -48,16 +46,21 @@ pub fn all() -> Result<Vec<Mounted>, Failure> {
     Ok(ours.map(Mounted::of).collect())
 }
 
+/// The EmbassyFS mount at `path` (normalised), if its daemon has died.
+pub fn dead_at(path: &Path) -> Option<Mounted> {
+    let mount = Mounted::of(table::find(path).ok().flatten().filter(MountEntry::is_ours)?);
+    mount.connect().is_err_and(|e| nobody_listens(&e)).then_some(mount)
+}
+
+/// What [`Mounted::connect`] gives when the daemon has died.
+pub fn nobody_listens(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound)
+}
+
 impl Mounted {
     /// The mount with this line of the table.
     pub fn of(entry: MountEntry) -> Mounted {
-        let breaker = Breaker::of(entry.device.1).ok();
-        Mounted { path: entry.mount_point.clone(), entry, breaker }
-    }
-
-    /// Breaks its connection, so that everybody who waits for its daemon gets an error.
-    pub fn abort(&self) -> io::Result<()> {
-        self.breaker.map_or(Err(io::ErrorKind::NotFound.into()), |breaker| breaker.abort())
+        Mounted { path: entry.mount_point.clone(), identity: MountIdentity::of(entry) }
     }
 
     /// A connection to the daemon; the error as the system gives it.
@@ -81,7 +84,7 @@ impl Mounted {
     }
 
     fn owner(&self) -> u32 {
-        self.entry.user_id().unwrap_or(own_ids().0)
+        self.identity.entry().user_id().unwrap_or(own_ids().0)
     }
 
     /// The failure that an error of [`Mounted::connect`] stands for.
@@ -125,7 +128,7 @@ pub fn users_of(path: &Path) -> Vec<(u32, String)> {
         Some((pid, entry.path()))
     });
     numbered
-        .filter(|(_, process)| uses(process))
+        .filter(|(pid, process)| *pid != std::process::id() && uses(process))
         .map(|(pid, process)| {
             let name = std::fs::read_to_string(process.join("comm")).unwrap_or_default();
             (pid, name.trim().to_string())

@@ -6,6 +6,7 @@ use super::daemon::{self, ReadyPipe};
 use super::exit::{ExitCode, Failure, Outcome};
 use super::logging::{self, Target};
 use super::mount::MountPlan;
+use super::mounted;
 use super::relay::{Handed, Interlude, Relay};
 use super::seam::{self, Served};
 use super::signals;
@@ -13,15 +14,14 @@ use crate::clock::{Clock, Env};
 use crate::fuse::adapter::{Ended, Ready};
 use crate::fuse::beneath;
 use crate::fuse::connection::{Connection, Greeting};
-use crate::fuse::fusectl::Breaker;
-use crate::fuse::mount::{self as kernel, MountSettings, Unmount, own_ids};
-use crate::fuse::table;
+use crate::fuse::identity::MountIdentity;
+use crate::fuse::mount::{self as kernel, MountSettings, own_ids};
 use crate::ops::control::{Control, Server, socket_path};
 use crate::ops::receipt::Asked;
 use crate::ops::status::{Ending, Status};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -74,15 +74,15 @@ impl Daemon {
                 return self.close(volume, &control, Err(failure));
             }
         };
-        let mounted = MountedHere::find(&settings.mountpoint);
+        let mounted = MountIdentity::at(&settings.mountpoint);
         *target = Some(StopTarget { control: control.clone(), mounted: mounted.clone() });
         drop(target);
         if let Err(failure) = self.listen(&control) {
-            mounted.detach();
+            detach(mounted.as_ref());
             return self.close(volume, &control, Err(failure));
         }
         let (stopper, relay, shown) = (self.stopper.clone(), self.relay.clone(), volume.shown());
-        let device = mounted.device;
+        let device = mounted.as_ref().map(|mounted| mounted.entry().device);
         let ready = Box::new(move |greeting: &Greeting| {
             relay.serving(greeting.clone(), shown);
             if let (Some(device), kib @ 1..) = (device, settings.read_ahead_kib)
@@ -109,15 +109,16 @@ impl Daemon {
         agreed: Box<dyn FnOnce() -> io::Result<()> + Send>,
     ) -> Outcome {
         let control = self.control(&*volume);
-        let mounted = MountedHere::find(&self.plan.settings.mountpoint);
+        let mounted = MountIdentity::at(&self.plan.settings.mountpoint);
         let (relay, stopper, shown) = (self.relay.clone(), self.stopper.clone(), volume.shown());
         let (server, heard, here) = (self.server.clone(), control.clone(), mounted.clone());
+        let socket = socket_path(own_ids().0, &self.plan.settings.mountpoint);
         let ready = Box::new(move |greeting: &Greeting| {
             agreed()?;
             // From here on the mount is ours, and nothing may end it.
             relay.serving(greeting.clone(), shown);
             *stopper.lock() = Some(StopTarget { control: heard.clone(), mounted: here.clone() });
-            match Server::start(&socket_path(own_ids().0, &here.path), heard) {
+            match Server::start(&socket, heard) {
                 Ok(started) => *lock(&server) = Some(started),
                 Err(e) => ::log::error!("commands cannot reach this daemon: {e}"),
             }
@@ -146,7 +147,7 @@ impl Daemon {
         mut volume: Box<dyn Served>,
         mut connection: Connection,
         control: &Arc<Framed>,
-        mounted: MountedHere,
+        mounted: Option<MountIdentity>,
         mut ready: Ready,
     ) -> Outcome {
         let taken_over = connection.greeting.is_some();
@@ -245,61 +246,30 @@ fn prepare_process(plan: &MountPlan, stopper: &Arc<Stopper>) -> Result<(), Failu
     signals::watch(move |count| stopper.stop(count)).map_err(fail("cannot watch for signals"))
 }
 
-/// A mount of this process, told apart from others at the same place by its device number.
-#[derive(Clone)]
-struct MountedHere {
-    path: PathBuf,
-    device: Option<(u32, u32)>,
-    /// None where fusectl is not mounted.
-    breaker: Option<Breaker>,
-}
-
-impl MountedHere {
-    fn find(path: &Path) -> MountedHere {
-        let device = table::find(path).ok().flatten().filter(|m| m.is_ours()).map(|m| m.device);
-        let breaker = device.and_then(|(_, minor)| Breaker::of(minor).ok());
-        MountedHere { path: path.into(), device, breaker }
-    }
-
-    /// Gives up on the processes that still use it, in the tree or not.
-    fn abort(&self) {
-        let missing = || io::Error::other("fusectl was not mounted");
-        match self.breaker.ok_or_else(missing).and_then(|breaker| breaker.abort()) {
-            // Nobody is left who uses it.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => ::log::warn!("cannot break the connection of processes that still use the mount: {e}"),
-            Ok(()) => {}
-        }
-    }
-
-    /// Takes the mount out of the tree if it is still there.
-    fn detach(&self) {
-        let there = table::find(&self.path).ok().flatten();
-        if there.is_none_or(|m| !m.is_ours() || Some(m.device) != self.device) {
-            return;
-        }
-        if let Err(e) = kernel::unmount(&self.path, Unmount::Lazy) {
-            ::log::error!("cannot unmount {}: {e}", self.path.display());
-        }
+/// Takes a mount of this process out of the tree if it is still there.
+fn detach(mounted: Option<&MountIdentity>) {
+    if let Some(mounted) = mounted
+        && let Err(e) = mounted.detach()
+    {
+        ::log::error!("cannot unmount {}: {e}", mounted.entry().mount_point.display());
     }
 }
 
 /// Mounts where a daemon has died: whoever comes by finds the dead mount or the new one.
 fn mount_over_dead(settings: &MountSettings) -> io::Result<OwnedFd> {
-    let dead = MountedHere::find(&settings.mountpoint);
-    if dead.device.is_none() {
+    let Some(dead) = mounted::dead_at(&settings.mountpoint) else {
         return Err(io::Error::new(io::ErrorKind::NotFound, "the dead mount was taken away meanwhile"));
-    }
+    };
     beneath::replace(settings).or_else(|e| {
         ::log::info!("for a moment nothing is mounted at {}: {e}", settings.mountpoint.display());
-        dead.detach();
+        detach(Some(&dead.identity));
         kernel::mount(settings)
     })
 }
 
 /// Detaches a mount whose serving has ended, so that it is not left dead.
 struct UnmountOnDrop {
-    mounted: MountedHere,
+    mounted: Option<MountIdentity>,
     /// After a failure somebody mounts again.
     supervised: bool,
 }
@@ -307,7 +277,7 @@ struct UnmountOnDrop {
 impl Drop for UnmountOnDrop {
     fn drop(&mut self) {
         if !(self.supervised && std::thread::panicking()) {
-            self.mounted.detach();
+            detach(self.mounted.as_ref());
         }
     }
 }
@@ -315,7 +285,7 @@ impl Drop for UnmountOnDrop {
 /// What a stop signal needs.
 struct StopTarget {
     control: Arc<Framed>,
-    mounted: MountedHere,
+    mounted: Option<MountIdentity>,
 }
 
 /// Ends the daemon when a signal asks for it.
@@ -338,8 +308,10 @@ impl Stopper {
         let (control, mounted) = (control.clone(), mounted.clone());
         if count > 1 {
             ::log::warn!("asked again: unmounting at once");
-            mounted.detach();
-            mounted.abort();
+            detach(mounted.as_ref());
+            if let Some(Err(e)) = mounted.map(|mounted| mounted.abort()) {
+                ::log::warn!("cannot break the connection of processes that still use the mount: {e}");
+            }
             return;
         }
         // Not on the signal thread, which must hear the second signal.
@@ -347,7 +319,7 @@ impl Stopper {
             if let Err(e) = control.shutdown(STOP_SHIPPING) {
                 ::log::warn!("before unmounting: {e}");
             }
-            mounted.detach();
+            detach(mounted.as_ref());
         };
         if let Err(e) = std::thread::Builder::new().name("stop".into()).spawn(work) {
             ::log::error!("cannot start the thread that stops: {e}");

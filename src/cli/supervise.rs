@@ -1,18 +1,16 @@
 //! `-o supervise`: a small process above the daemon that mounts again after a crash.
 //! Invariant: it has one thread, never touches the mount, and holds nothing on it. A dead mount stays in its place
 //! until the next daemon has opened the volume, so that nobody writes to the directory below; a mount that is not in
-//! the table any more was taken away on purpose, and ends it.
+//! the table any more, or is served by somebody else, was taken away on purpose, and ends it.
 
 use super::daemon::{self, ReadyPipe};
 use super::exit::{ExitCode, Failure, Outcome};
 use super::mount::MountPlan;
+use super::mounted;
 use super::serve::{log_to, serve};
 use super::signals;
 use crate::clock::{Clock, Env};
-use crate::fuse::mount::{self as kernel, Unmount};
-use crate::fuse::table;
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -49,8 +47,8 @@ pub(super) fn run(plan: &MountPlan, pipe: ReadyPipe) -> Outcome {
         first.take().into_iter().for_each(|pipe| pipe.leave());
         let ending = supervisor.wait_for_all();
         let mountpoint = &plan.settings.mountpoint;
-        // One that ended well was unmounted: what is mounted there now is somebody else's.
-        if supervisor.stopping || ending.code() == ExitCode::Ok || !is_mounted(mountpoint) {
+        // One that ended well was unmounted: what is mounted there now is somebody else's, as is what is served.
+        if supervisor.stopping || ending.code() == ExitCode::Ok || mounted::dead_at(mountpoint).is_none() {
             return Ok(ending.code());
         }
         row = if supervisor.clock.monotonic() - started < STEADY { row + 1 } else { 1 };
@@ -76,10 +74,6 @@ fn serve_here(plan: &MountPlan, pipe: ReadyPipe) -> Outcome {
         pipe.failed(failure);
     }
     outcome
-}
-
-fn is_mounted(path: &Path) -> bool {
-    table::find(path).is_ok_and(|found| found.is_some_and(|mount| mount.is_ours()))
 }
 
 struct Supervisor<'a> {
@@ -149,12 +143,13 @@ impl Supervisor<'_> {
                 break;
             }
             self.heed(signals::wait_for(left.min(LOOK_EVERY)));
-            if !is_mounted(&self.plan.settings.mountpoint) {
+            if mounted::dead_at(&self.plan.settings.mountpoint).is_none() {
                 return false;
             }
         }
         if self.stopping
-            && let Err(e) = kernel::unmount(&self.plan.settings.mountpoint, Unmount::Lazy)
+            && let Some(dead) = mounted::dead_at(&self.plan.settings.mountpoint)
+            && let Err(e) = dead.identity.detach()
         {
             ::log::error!("cannot take the dead mount away: {e}");
         }

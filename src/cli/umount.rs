@@ -2,14 +2,13 @@
 //! Invariant: it never reports "all shipped" but on the daemon's word, it promises nothing about what is not committed,
 //! and it ends in bounded time whatever state the daemon is in.
 
-use super::copies::Copies;
+use super::copies::{self, Copies};
 use super::exit::{ExitCode, Failure, Outcome};
 use super::mounted::{self, Mounted};
 use super::options::parse_duration;
 use super::progress::Shipping;
 use super::{print_error, print_json};
 use crate::fuse::mount::{self as kernel, Pidfd, Unmount};
-use crate::fuse::table;
 use crate::ops::control::{Client, ControlError, Request};
 use crate::ops::status::{Ending, Status};
 use std::io;
@@ -69,9 +68,7 @@ pub fn run(args: UmountArgs) -> Outcome {
     match mount.connect() {
         Ok(daemon) => with_daemon(&args, &mount, daemon),
         // Nobody listens: it has died. An ordinary unmount is right, and harmless should it live after all.
-        Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {
-            without_daemon(&args, &mount)
-        }
+        Err(e) if mounted::nobody_listens(&e) => without_daemon(&args, &mount),
         Err(_) if args.force => without_daemon(&args, &mount),
         Err(e) => Err(mount.unreachable(&e)),
     }
@@ -100,14 +97,19 @@ fn with_daemon(args: &UmountArgs, mount: &Mounted, mut daemon: Client) -> Outcom
     };
     // Opened while the daemon surely lives, so that the number means it and nobody else.
     let process = Pidfd::open(daemon.pid());
-    let copies = Copies::beside(&mount.entry);
     let mut forced = take_out(args.lazy, args.force, mount)?;
-    if !args.lazy && !forced {
-        match copies.still_there() {
-            Some(_) if args.force => forced = mount.abort().is_ok(),
-            Some(left) => return Err(still_held(mount, &left, known.as_ref())),
-            None => {}
+    if !args.lazy
+        && !forced
+        && let Some(copies) = copies::of(&mount.identity)
+    {
+        if !args.force {
+            return Err(still_held(mount, &copies, known.as_ref()));
         }
+        mount.identity.abort().map_err(|e| {
+            print_error(&format!("the connection cannot be broken: {e}"));
+            still_held(mount, &copies, known.as_ref())
+        })?;
+        forced = true;
     }
     let wait = match (args.lazy, forced) {
         (true, _) => LAZY_WAIT,
@@ -132,10 +134,9 @@ fn with_daemon(args: &UmountArgs, mount: &Mounted, mut daemon: Client) -> Outcom
 /// Takes the mount out of the tree, for a daemon that has been told what for, and gives its last word.
 pub(super) fn leave(mount: &Mounted, daemon: &mut Client) -> Result<Status, Failure> {
     let process = Pidfd::open(daemon.pid());
-    let copies = Copies::beside(&mount.entry);
     take_out(false, false, mount)?;
-    if let Some(left) = copies.still_there() {
-        return Err(still_held(mount, &left, None));
+    if let Some(copies) = copies::of(&mount.identity) {
+        return Err(still_held(mount, &copies, None));
     }
     let last = farewell(mount, daemon, CLOSE_WAIT).map_err(|e| {
         mount
@@ -190,16 +191,19 @@ fn not_ended(mount: &Mounted, daemon: &Client) -> Failure {
         ExitCode::NoDaemon,
         format!("{path} is unmounted, but its daemon (process {pid}) has not ended"),
     )
-    .hint("look at its log; the volume can be mounted again when it has ended")
+    .hint("look at its log, and whether a mount namespace made just now holds it; it can be mounted again when it has ended")
 }
 
 /// Unmounts; true when the connection had to be broken.
 fn take_out(lazy: bool, force: bool, mount: &Mounted) -> Result<bool, Failure> {
+    if !mount.identity.is_there() {
+        return Ok(false); // somebody was faster, and what is there now is not ours to take away
+    }
     let how = if lazy { Unmount::Lazy } else { Unmount::Normal };
     let error = match kernel::unmount_bounded(&mount.path, how, KERNEL_WAIT) {
         Ok(()) => return Ok(false),
         // Not where it has left the tree and waits for a daemon that is stuck.
-        Err(e) if e.kind() != io::ErrorKind::TimedOut && is_gone(mount) => return Ok(false),
+        Err(e) if e.kind() != io::ErrorKind::TimedOut && !mount.identity.is_there() => return Ok(false),
         Err(e) => e,
     };
     let path = mount.path.display();
@@ -231,20 +235,17 @@ fn take_out(lazy: bool, force: bool, mount: &Mounted) -> Result<bool, Failure> {
 fn break_connection(mount: &Mounted) -> Result<(), Failure> {
     // Through fusectl first: it frees processes that wait, whatever umount2 then has to say. MNT_FORCE does the same
     // where fusectl is not mounted.
-    let _ = mount.abort();
+    let _ = mount.identity.abort();
+    // A daemon that lives unmounts by itself when its connection breaks, and may have come before us.
+    if !mount.identity.is_there() {
+        return Ok(());
+    }
     match kernel::unmount_bounded(&mount.path, Unmount::Force, KERNEL_WAIT) {
-        // A daemon that lives unmounts by itself when its connection breaks, and may have come before us.
-        Err(e) if !is_gone(mount) => {
+        Err(e) if mount.identity.is_there() => {
             Err(Failure::from_error(ExitCode::Failed, format!("cannot unmount {}", mount.path.display()), &e))
         }
         _ => Ok(()),
     }
-}
-
-/// Whether the mount is in the table no more; another mount at its place, or below it, is another device.
-fn is_gone(mount: &Mounted) -> bool {
-    let there = table::mounts();
-    there.is_ok_and(|all| !all.iter().any(|m| m.device == mount.entry.device && m.mount_point == mount.path))
 }
 
 /// The mount of a daemon that has died or does not answer.

@@ -1,62 +1,39 @@
-//! The kernel's control files for FUSE connections (fusectl, below `/sys/fs/fuse/connections`): breaking one.
-//! Invariant: never another connection than the one that was meant. The kernel names them by the device number of the
-//! file system, and gives a number away again as soon as its file system is gone; the inode number of the control file
-//! is the connection's own.
+//! The kernel's control files for a FUSE connection (fusectl, below `/sys/fs/fuse/connections`).
+//! Invariant: what was opened belongs to one connection for ever. The kernel names the files' directory by the device
+//! number of the file system, and gives that number to the next one as soon as it is free; so the directory is opened
+//! while the number is surely the one that is meant, and the files are reached through its descriptor only.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
-/// A way to break one connection, and no other, as long as fusectl stays mounted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Breaker {
-    minor: u32,
-    inode: u64,
+/// The control files of one connection.
+#[derive(Debug)]
+pub struct ControlFiles {
+    directory: File,
 }
 
-fn path(minor: u32) -> PathBuf {
-    PathBuf::from(format!("/sys/fs/fuse/connections/{minor}/abort"))
-}
-
-impl Breaker {
-    /// The connection of the FUSE file system that has this minor device number now.
-    pub fn of(minor: u32) -> io::Result<Breaker> {
-        Ok(Breaker { minor, inode: std::fs::metadata(path(minor))?.ino() })
+impl ControlFiles {
+    /// Of the FUSE file system that has this minor device number now. An error where fusectl is not mounted.
+    pub fn open(minor: u32) -> io::Result<ControlFiles> {
+        Ok(ControlFiles { directory: File::open(format!("/sys/fs/fuse/connections/{minor}"))? })
     }
 
-    /// Breaks it, so that everybody who waits for its daemon gets an error. `NotFound` when it is gone.
+    fn file(&self, name: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}/{name}", self.directory.as_raw_fd()))
+    }
+
+    /// Whether the file system is unmounted wherever it was: then the kernel has taken the files away.
+    pub fn is_gone(&self) -> bool {
+        std::fs::metadata(self.file("abort")).is_err_and(|e| e.kind() == io::ErrorKind::NotFound)
+    }
+
+    /// Breaks the connection, so that everybody who waits for its daemon gets an error; nothing happens when it is gone.
     pub fn abort(&self) -> io::Result<()> {
-        let file = OpenOptions::new().write(true).open(path(self.minor))?;
-        self.abort_by(file)
-    }
-
-    fn abort_by(&self, mut file: File) -> io::Result<()> {
-        if file.metadata()?.ino() != self.inode {
-            let text = format!("connection {} is another one by now", self.minor);
-            return Err(io::Error::new(io::ErrorKind::NotFound, text));
+        match OpenOptions::new().write(true).open(self.file("abort")) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            file => file?.write_all(b"1"),
         }
-        file.write_all(b"1")
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_the_connection_that_was_meant_is_broken() {
-        let mut was = tempfile::NamedTempFile::new().expect("temporary file");
-        let other = tempfile::NamedTempFile::new().expect("temporary file");
-        let inode = was.as_file().metadata().expect("it exists").ino();
-        let meant = Breaker { minor: 7, inode };
-        let reopened = |file: &tempfile::NamedTempFile| file.reopen().expect("it exists");
-        let refused = meant.abort_by(reopened(&other)).expect_err("not the one");
-        assert_eq!(refused.kind(), io::ErrorKind::NotFound);
-        assert_eq!(other.as_file().metadata().expect("it exists").len(), 0);
-        meant.abort_by(reopened(&was)).expect("the one");
-        let mut text = String::new();
-        io::Read::read_to_string(&mut was, &mut text).expect("readable");
-        assert_eq!(text, "1");
     }
 }

@@ -8,6 +8,7 @@ pub mod connection;
 pub mod control_dir;
 pub mod fusectl;
 pub mod gate;
+pub mod identity;
 pub mod mount;
 mod pace;
 pub mod pass;

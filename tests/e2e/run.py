@@ -31,7 +31,7 @@ import harness  # noqa: E402
 CASES = {
     "selfcheck": (120, [None]),
     "lifecycle": (240, [None]),
-    "unmounting": (180, [None]),
+    "unmounting": (300, [None]),
     "prefix": (300, ["file", "s3"]),
     "no_plaintext": (180, [None]),
     "at_version": (180, [None]),
