@@ -12,6 +12,8 @@ mod evil;
 mod forge;
 #[path = "malicious/mutations.rs"]
 mod mutations;
+#[path = "malicious/structures.rs"]
+mod structures;
 #[path = "malicious/victim.rs"]
 mod victim;
 

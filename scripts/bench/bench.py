@@ -33,13 +33,6 @@ TREE_FILES = common.setting("BENCH_TREE", 7000, 300)
 MANY = common.setting("BENCH_MANY", 20000, 500)
 
 
-def chosen_systems():
-    names = os.environ.get("BENCH_SYSTEMS", ",".join(SYSTEMS)).split(",")
-    if unknown := set(names) - set(SYSTEMS):
-        sys.exit(f"bench: no such systems: {', '.join(unknown)}; there are {', '.join(SYSTEMS)}")
-    return names
-
-
 def chosen_rows():
     """The rows, and whether the read-only mounts are wanted."""
     groups = list(dict.fromkeys(r.group for r in rows.ROWS))
@@ -153,7 +146,7 @@ def read_only_mount():
 
 
 def main():
-    names, (wanted, many) = chosen_systems(), chosen_rows()
+    names, (wanted, many) = common.chosen("BENCH_SYSTEMS", SYSTEMS), chosen_rows()
     facts = machine()
     tree = prepare(any(r.group in ("tree", "git") for r in wanted))
     rounds = {name: [] for name in names}

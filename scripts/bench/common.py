@@ -32,6 +32,14 @@ def setting(name, usual, quick):
     return int(os.environ.get(name, quick if QUICK else usual))
 
 
+def chosen(name, known):
+    """Systems: those that the environment names, or all."""
+    names = os.environ.get(name, ",".join(known)).split(",")
+    if unknown := set(names) - set(known):
+        sys.exit(f"{name}: no such systems: {', '.join(sorted(unknown))}; there are {','.join(known)}")
+    return names
+
+
 ROUNDS = setting("BENCH_ROUNDS", 3, 1)
 FILES = setting("BENCH_FILES", 20000, 500)
 BYTES = setting("BENCH_MIB", 2048, 64) * MIB

@@ -6,8 +6,8 @@ Invariant: each system gets the same calls in the same order through the same li
 way when a row begins. Requests and bytes are counted by the link, and those of what was still to be sent count too.
 
 Environment: LINK_ROUNDS (3), LINK_PER_THREAD (100 files), LINK_FILES (2000 without fsync), LINK_TREE (6500 entries),
-LINK_MIB (512), LINK_DATABASE_MIB (256), LINK_WRITES (2048 of 8 KiB), LINK_SYSTEMS (all), BENCH_DIR (see parts.py).
-More than the usual bytes need more than the server's 8 GiB.
+LINK_MIB (512), LINK_DATABASE_MIB (256), LINK_WRITES (2048 of 8 KiB), LINK_SYSTEMS (all; a wrong name lists them),
+BENCH_DIR (see parts.py). More than the usual bytes need more than the server's 8 GiB.
 """
 
 import contextlib
@@ -217,7 +217,7 @@ def put_alone(port):
 
 
 def measure(directory):
-    names = os.environ.get("LINK_SYSTEMS", ",".join(SYSTEMS)).split(",")
+    names = common.chosen("LINK_SYSTEMS", SYSTEMS)
     facts, helper, rounds = common.machine(), parts.compiled(directory, "threads"), {name: [] for name in names}
     tree = make_tree(directory)
     with contextlib.ExitStack() as stack:

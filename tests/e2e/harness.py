@@ -290,6 +290,18 @@ class Volume:
         return sorted(str(p.relative_to(self.store_dir)) for p in self.store_dir.rglob("*") if p.is_file())
 
 
+def check_abroad(volume, state):
+    """In the embassy there is what home has."""
+    import trees
+
+    home = volume.mount("home", state)
+    want = trees.manifest(home.point)
+    home.umount()
+    embassy = volume.embassy()
+    check_same(want, trees.manifest(embassy.point), "after all of it home and embassy are equal", ignore=())
+    embassy.umount()
+
+
 @contextlib.contextmanager
 def mount_helper(name):
     """The program as `/sbin/NAME`, where mount(8) finds it; the link is taken away again whatever happens."""
