@@ -33,6 +33,7 @@ from harness import (
     wait_until,
 )
 
+FUSECTL = "/sys/fs/fuse/connections"
 ROUNDS = 10
 MNT_DETACH = 2
 IN_USE, UNSENT = 6, 5
@@ -267,7 +268,7 @@ def held_by_another_namespace(volume, state):
         check(mounted(home.point) is None, "umount --force breaks it off, wherever it is mounted")
     home = volume.mount("home", state)
     # In a namespace without fusectl, into which the mount was copied, and from which it is unmounted.
-    script = f'umount /sys/fs/fuse/connections || exit 1; exec "{program()}" umount --force "{home.point}"'
+    script = f'umount {FUSECTL} || exit 1; exec "{program()}" umount --force "{home.point}"'
     done = run("unshare", "--mount", "--propagation", "private", "sh", "-c", script, ok=None)
     check(done.returncode == IN_USE and "cannot be broken" in done.stderr, "without fusectl --force says what it cannot")
     check((home.point / "unsent").exists(), "and where it is mounted it serves on")
@@ -309,6 +310,8 @@ def held_here(volume, state):
 
 
 def main(directory):
+    if not mounted(FUSECTL):
+        run("mount", "-t", "fusectl", "fusectl", FUSECTL)
     volume, state = Volume(directory), directory / "state"
     volume.init("--name", "land")
     for words in ([], ["--force"]):
