@@ -3,7 +3,7 @@
 //! is without a bound, and nothing here touches the mount.
 
 use super::exit::{ExitCode, Failure};
-use super::mounted::Mounted;
+use super::mounted;
 use crate::clock::{Clock, Env};
 use crate::fuse::mount::{self as kernel, Unmount};
 use crate::fuse::table;
@@ -79,9 +79,8 @@ impl Elsewhere {
             if !self.alive() {
                 return Err(format!("it could not be mounted: {}", self.said()));
             }
-            let there = table::find(&self.point).ok().flatten().filter(|entry| entry.is_ours());
-            if let Some(entry) = there
-                && let Ok(status) = Mounted::of(entry).status()
+            if let Some(mount) = mounted::at(&self.point)
+                && let Ok(status) = mount.status()
             {
                 return Ok(status);
             }

@@ -28,7 +28,7 @@ pub fn find(path: &Path) -> Result<Mounted, Failure> {
     let entry = table::find(&real)
         .map_err(|e| Failure::from_error(ExitCode::Failed, "cannot read the mount table", &e))?;
     match entry {
-        Some(entry) if entry.is_ours() => Ok(Mounted::of(entry)),
+        Some(entry) if entry.is_ours() => Ok(Mounted::of(MountIdentity::of(entry))),
         Some(entry) => Err(Failure::new(
             ExitCode::NotMounted,
             format!("what is mounted at {shown} is of type {}, not EmbassyFS", entry.fs_type),
@@ -43,12 +43,17 @@ pub fn all() -> Result<Vec<Mounted>, Failure> {
     let mounts = table::mounts()
         .map_err(|e| Failure::from_error(ExitCode::Failed, "cannot read the mount table", &e))?;
     let ours = mounts.into_iter().filter(MountEntry::is_ours);
-    Ok(ours.map(Mounted::of).collect())
+    Ok(ours.map(MountIdentity::of).map(Mounted::of).collect())
 }
 
-/// The EmbassyFS mount at `path` (normalised), if its daemon has died.
+/// The EmbassyFS mount at `path` (normalised), if there is one.
+pub fn at(path: &Path) -> Option<Mounted> {
+    MountIdentity::at(path).map(Mounted::of)
+}
+
+/// The same, if its daemon has died.
 pub fn dead_at(path: &Path) -> Option<Mounted> {
-    let mount = Mounted::of(table::find(path).ok().flatten().filter(MountEntry::is_ours)?);
+    let mount = at(path)?;
     mount.connect().is_err_and(|e| nobody_listens(&e)).then_some(mount)
 }
 
@@ -58,9 +63,8 @@ pub fn nobody_listens(error: &io::Error) -> bool {
 }
 
 impl Mounted {
-    /// The mount with this line of the table.
-    pub fn of(entry: MountEntry) -> Mounted {
-        Mounted { path: entry.mount_point.clone(), identity: MountIdentity::of(entry) }
+    fn of(identity: MountIdentity) -> Mounted {
+        Mounted { path: identity.entry().mount_point.clone(), identity }
     }
 
     /// A connection to the daemon; the error as the system gives it.

@@ -191,7 +191,9 @@ fn not_ended(mount: &Mounted, daemon: &Client) -> Failure {
         ExitCode::NoDaemon,
         format!("{path} is unmounted, but its daemon (process {pid}) has not ended"),
     )
-    .hint("look at its log, and whether a mount namespace made just now holds it; it can be mounted again when it has ended")
+    .hint(
+        "look at its log, and whether a mount namespace made just now holds it; it can be mounted again when it has ended",
+    )
 }
 
 /// Unmounts; true when the connection had to be broken.

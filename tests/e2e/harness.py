@@ -21,6 +21,7 @@ REPO = Path(__file__).resolve().parents[2]
 WORK = Path(os.environ.get("E2E_DIR", REPO / "target" / "e2e"))
 RUN_TAG = "EMBASSYFS_E2E_RUN"
 FS_TYPE = os.environ.get("E2E_FS_TYPE", "fuse.embassyfs")
+FUSECTL = Path("/sys/fs/fuse/connections")
 MIB = 1 << 20
 # The long form of the cases that have one: what a release is held to, too long for each change.
 FULL = os.environ.get("E2E_FULL") == "1"
@@ -406,15 +407,20 @@ def tagged_processes(tag):
     return found
 
 
+def mount_fusectl():
+    """The kernel's control files for connections, where nobody has mounted them."""
+    if not mounted(FUSECTL):
+        subprocess.run(["mount", "-t", "fusectl", "fusectl", FUSECTL], check=False)
+
+
 def abort_mounts(below):
     """Ends the FUSE connections of the mounts below a directory: whoever waits on one gets an error."""
-    control = Path("/sys/fs/fuse/connections")
     doomed = [m for m in mounts() if m[0].startswith(f"{below}/") and m[1].startswith("fuse")]
-    if doomed and not mounted(control):
-        subprocess.run(["mount", "-t", "fusectl", "fusectl", control], check=False)
+    if doomed:
+        mount_fusectl()
     for _, _, minor, _ in doomed:
         with contextlib.suppress(OSError):
-            (control / str(minor) / "abort").write_text("1")
+            (FUSECTL / str(minor) / "abort").write_text("1")
 
 
 def clean_up(below, tag):

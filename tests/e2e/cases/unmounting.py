@@ -20,11 +20,13 @@ import trees
 from calls import LIBC, result
 from harness import (
     FS_TYPE,
+    FUSECTL,
     Failed,
     Volume,
     alive,
     check,
     check_abroad,
+    mount_fusectl,
     mounted,
     mounts,
     program,
@@ -33,7 +35,6 @@ from harness import (
     wait_until,
 )
 
-FUSECTL = "/sys/fs/fuse/connections"
 ROUNDS = 10
 MNT_DETACH = 2
 IN_USE, UNSENT = 6, 5
@@ -108,10 +109,11 @@ def heir_of(volume, mount):
 
 
 @contextlib.contextmanager
-def store_away(volume):
-    """The store cannot be reached meanwhile."""
+def unsent(volume, home):
+    """What home has just written cannot be shipped meanwhile: the store is away."""
     away = volume.store_dir.rename(volume.directory / "store-away")
     try:
+        trees.write_file(home.point / "unsent", b"unsent")
         yield
     finally:
         away.rename(volume.store_dir)
@@ -139,18 +141,16 @@ def number_given_away(volume, state, *words):
 def second_signal(volume, state):
     """A daemon that is told a second time to stop gives up on who uses its mount, and on nobody else."""
     home = volume.mount("home", state, options=["protection=local"])
-    with store_away(volume):
-        trees.write_file(home.point / "unsent", b"unsent")
-        with heir_of(volume, home) as heir:
-            os.kill(home.pid, signal.SIGTERM)
-            # While it waits for a store that is away, somebody else unmounts.
-            run("umount", home.point)
-            wait_until(heir.has_come, 20, "the number is given to another file system")
-            check(alive(home.pid), "a daemon whose store is away is still closing when its number is another's")
-            os.kill(home.pid, signal.SIGTERM)
-            yield
-            wait_until(lambda: not alive(home.pid), 60, "the daemon ends")
-            check(heir.lives(), "asked again to stop, it does not break the other's connection")
+    with unsent(volume, home), heir_of(volume, home) as heir:
+        os.kill(home.pid, signal.SIGTERM)
+        # While it waits for a store that is away, somebody else unmounts.
+        run("umount", home.point)
+        wait_until(heir.has_come, 20, "the number is given to another file system")
+        check(alive(home.pid), "a daemon whose store is away is still closing when its number is another's")
+        os.kill(home.pid, signal.SIGTERM)
+        yield
+        wait_until(lambda: not alive(home.pid), 60, "the daemon ends")
+        check(heir.lives(), "asked again to stop, it does not break the other's connection")
 
 
 def second_signal_in_use(volume, state):
@@ -169,60 +169,64 @@ def second_signal_in_use(volume, state):
 
 
 class Place:
-    """A volume that cannot ship, and another that comes to its place."""
+    """A mount whose place another volume takes."""
 
-    def __init__(self, directory, *options):
-        directory.mkdir()
-        self.volume, self.other = Volume(directory / "land"), Volume(directory / "taxes")
-        for volume in (self.volume, self.other):
-            volume.directory.mkdir(exist_ok=True)
-            volume.init("--name", volume.directory.name)
-            (volume.directory / "state").mkdir()
-        self.home = self.volume.mount("home", self.volume.directory / "state", options=["protection=local", *options])
-        self.store_dir = self.volume.store_dir.rename(directory / "store-away")
-        trees.write_file(self.home.point / "unsent", b"unsent")
+    def __init__(self, home, other):
+        self.home, self.other = home, other
 
-    def __enter__(self):
+    @contextlib.contextmanager
+    def taken(self):
         """Somebody unmounts, and another volume is mounted there: it must stay, and be whole."""
         run("umount", self.home.point)
         words = ["--store", self.other.url, "--key", self.other.key("writer")]
         run(program(), "mount", *words, "--state", self.other.directory / "state", self.home.point)
-        trees.write_file(self.home.point / "other", b"other")
+        file = self.home.point / "other"
+        trees.write_file(file, b"other")
+        yield
+        whole = file.exists() and file.read_bytes() == b"other"
+        check(whole, "the other volume in its place stays mounted and serves")
+        run(program(), "umount", self.home.point)
 
-    def __exit__(self, kind, *_):
-        if kind is None:
-            other = self.home.point / "other"
-            whole = other.exists() and other.read_bytes() == b"other"
-            check(whole, "the other volume in its place stays mounted and serves")
-            run(program(), "umount", self.home.point)
-            self.store_dir.rename(self.volume.store_dir)
-            self.volume.mount("home", self.volume.directory / "state").umount()
+
+@contextlib.contextmanager
+def place(directory, *options):
+    """The place of a volume that cannot ship meanwhile; afterwards it can be mounted and ships."""
+    directory.mkdir()
+    volume, other = Volume(directory / "land"), Volume(directory / "taxes")
+    for each in (volume, other):
+        each.directory.mkdir(exist_ok=True)
+        each.init("--name", each.directory.name)
+        (each.directory / "state").mkdir()
+    home = volume.mount("home", volume.directory / "state", options=["protection=local", *options])
+    with unsent(volume, home):
+        yield Place(home, other)
+    volume.mount("home", volume.directory / "state").umount()
 
 
 def place_taken_after_signal(directory):
-    place = Place(directory)
-    os.kill(place.home.pid, signal.SIGTERM)
-    with place:
-        wait_until(lambda: not alive(place.home.pid), 60, "the daemon that was told to stop ends")
+    with place(directory) as here:
+        os.kill(here.home.pid, signal.SIGTERM)
+        with here.taken():
+            wait_until(lambda: not alive(here.home.pid), 60, "the daemon that was told to stop ends")
 
 
 def place_taken_under_command(directory):
-    place = Place(directory)
-    command = [program(), "umount", "--timeout", "4s", place.home.point]
-    unmounting = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: place.home.status()["waiting"], 20, "it has been told to end")
-    with place:
-        said = unmounting.communicate(timeout=120)[1]
-        check(unmounting.returncode == UNSENT and "unsent" in said, "umount tells that something is unsent", said)
-        wait_until(lambda: not alive(place.home.pid), 60, "the daemon ends")
+    with place(directory) as here:
+        command = [program(), "umount", "--timeout", "4s", here.home.point]
+        unmounting = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        wait_until(lambda: here.home.status()["waiting"], 20, "it has been told to end")
+        with here.taken():
+            said = unmounting.communicate(timeout=120)[1]
+            check(unmounting.returncode == UNSENT and "unsent" in said, "umount tells that something is unsent", said)
+            wait_until(lambda: not alive(here.home.pid), 60, "the daemon ends")
 
 
 def place_taken_from_supervised(directory):
-    place = Place(directory, "supervise")
-    supervisor = int(Path(f"/proc/{place.home.pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    with place:
-        os.kill(place.home.pid, signal.SIGKILL)
-        wait_until(lambda: not alive(supervisor), 30, "the supervisor ends")
+    with place(directory, "supervise") as here:
+        supervisor = int(Path(f"/proc/{here.home.pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        with here.taken():
+            os.kill(here.home.pid, signal.SIGKILL)
+            wait_until(lambda: not alive(supervisor), 30, "the supervisor ends")
 
 
 def places_taken(directory):
@@ -310,8 +314,8 @@ def held_here(volume, state):
 
 
 def main(directory):
-    if not mounted(FUSECTL):
-        run("mount", "-t", "fusectl", "fusectl", FUSECTL)
+    mount_fusectl()
+    check(mounted(FUSECTL), "the kernel's control files are there")
     volume, state = Volume(directory), directory / "state"
     volume.init("--name", "land")
     for words in ([], ["--force"]):
