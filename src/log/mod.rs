@@ -11,6 +11,7 @@ mod closing;
 pub mod follow;
 mod frame;
 mod gather;
+mod in_flight;
 mod index;
 pub mod listing;
 mod parts;

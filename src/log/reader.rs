@@ -6,6 +6,7 @@
 
 use super::ahead::ReadAhead;
 use super::gather::{coalesce, cut};
+use super::in_flight::InFlight;
 use super::parts::SegmentFile;
 use super::segment::{HEADER_LEN, Header, SegmentCipher, UncheckedHeader, VolumeContext, segment_name};
 use super::statedir::StateDir;
@@ -14,7 +15,7 @@ use crate::cache::frames::FrameCache;
 use crate::cache::ranges::Ranges;
 use crate::clock::Env;
 use crate::disk::{DiskFile, Mode};
-use crate::store::Store;
+use crate::store::{Store, StoreError};
 use crate::types::{FrameKind, FramePtr, Seq};
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
@@ -26,6 +27,8 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::{Instant, timeout_at};
 
 /// Requests to the store that one fetch has in flight.
 const REQUESTS_IN_FLIGHT: usize = 8;
@@ -33,6 +36,9 @@ const REQUESTS_IN_FLIGHT: usize = 8;
 const CIPHERS_KEPT: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
 /// Hints about dead frames beyond this number are dropped: eviction finds those bytes by age.
 const DEAD_HINTS_MAX: usize = 1 << 20;
+/// A fetch that waited for another, in vain, ends this long after it began: by then the store had as long as a read of
+/// it is repeated.
+const AGAIN_MAX: Duration = Duration::from_secs(30);
 const HEADER_RANGE: Range<u64> = 0..HEADER_LEN as u64;
 
 /// What a [`FrameReader`] may use.
@@ -181,20 +187,33 @@ impl FrameReader {
     }
 
     /// Brings frames that are only in the store to this host: neighbours in one request, several requests at a
-    /// time, and what another fetch already asks for only once.
+    /// time, and what another fetch already asks for only once. Many that wait for the same frames while the store is
+    /// silent all fail about when the first does, not one after the other.
     pub async fn fetch(&self, ptrs: &[FramePtr]) -> Result<()> {
         let mut wanted = self.missing_of(ptrs);
+        let (end, mut failed) = (Instant::now() + AGAIN_MAX, false);
         while !wanted.is_empty() {
-            let claim = self.in_flight.claim(&wanted);
-            if !claim.ptrs.is_empty() {
-                self.fetch_claimed(&claim.ptrs).await?;
-                wanted.retain(|ptr| !claim.ptrs.contains(ptr));
-            }
-            drop(claim);
-            self.in_flight.wait_for_one(&wanted).await;
-            wanted = self.missing_of(&wanted);
+            let round = self.fetch_or_wait(&wanted);
+            let missing = match failed {
+                false => round.await?,
+                true => timeout_at(end, round).await.unwrap_or_else(|_| Err(stays_away(&wanted)))?,
+            };
+            failed |= missing.len() == wanted.len();
+            wanted = missing;
         }
         Ok(())
+    }
+
+    /// Fetches what nobody else asks for, and waits for one of the others. Those of `wanted` that are still missing.
+    async fn fetch_or_wait(&self, wanted: &[FramePtr]) -> Result<Vec<FramePtr>> {
+        let claim = self.in_flight.claim(wanted);
+        if !claim.ptrs.is_empty() {
+            self.fetch_claimed(&claim.ptrs).await?;
+        }
+        let others: Vec<FramePtr> = wanted.iter().filter(|ptr| !claim.ptrs.contains(ptr)).copied().collect();
+        drop(claim);
+        self.in_flight.wait_for_one(&others).await;
+        Ok(self.missing_of(&others))
     }
 
     /// A hint that the newest tree does not refer to the frame any more: its cached copy may go first.
@@ -494,6 +513,11 @@ impl FrameReader {
     }
 }
 
+fn stays_away(wanted: &[FramePtr]) -> Error {
+    let name = wanted.first().map_or_else(String::new, |ptr| segment_name(ptr.seq));
+    StoreError::unavailable(&name, "no answer in time, to another read of it neither").into()
+}
+
 fn merge(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     ranges.sort_unstable_by_key(|range| range.start);
     let mut merged: Vec<Range<u64>> = Vec::new();
@@ -504,56 +528,6 @@ fn merge(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
         }
     }
     merged
-}
-
-/// Frames that some fetch is asking the store for.
-#[derive(Default)]
-struct InFlight {
-    ptrs: Mutex<HashSet<FramePtr>>,
-    released: tokio::sync::Notify,
-}
-
-/// Frames that one fetch asks for; released when it is done, has failed, or was given up.
-struct Claim<'a> {
-    in_flight: &'a InFlight,
-    ptrs: BTreeSet<FramePtr>,
-}
-
-impl InFlight {
-    /// Claims those of `wanted` that nobody else asks for.
-    fn claim(&self, wanted: &[FramePtr]) -> Claim<'_> {
-        let mut all = self.ptrs.lock();
-        Claim { in_flight: self, ptrs: wanted.iter().copied().filter(|ptr| all.insert(*ptr)).collect() }
-    }
-
-    /// Waits until one of `wanted` is not asked for by anybody.
-    async fn wait_for_one(&self, wanted: &[FramePtr]) {
-        loop {
-            let released = self.released.notified();
-            let mut released = std::pin::pin!(released);
-            // Listens before it looks, so that no release falls in between.
-            released.as_mut().enable();
-            let waiting = {
-                let all = self.ptrs.lock();
-                !wanted.is_empty() && wanted.iter().all(|ptr| all.contains(ptr))
-            };
-            if !waiting {
-                return;
-            }
-            released.await;
-        }
-    }
-}
-
-impl Drop for Claim<'_> {
-    fn drop(&mut self) {
-        let mut all = self.in_flight.ptrs.lock();
-        self.ptrs.iter().for_each(|ptr| {
-            all.remove(ptr);
-        });
-        drop(all);
-        self.in_flight.released.notify_waiters();
-    }
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use super::super::blocks::Layout;
 use super::super::testing::{MemoryStore, env, noise, volume};
 use super::super::writer::LogWriter;
 use super::*;
+use crate::store::retry::{RetryPolicy, RetryStore};
 use crate::types::{CommitNo, Epoch, Timestamp};
 use futures::executor::block_on;
 use std::os::fd::AsRawFd;
@@ -42,9 +43,18 @@ fn abroad() -> Abroad {
 
 impl Abroad {
     fn reader(&self, frame_cache_bytes: usize, disk_cache_bytes: u64) -> FrameReader {
+        self.reader_of(self.store.clone(), frame_cache_bytes, disk_cache_bytes)
+    }
+
+    fn reader_of(
+        &self,
+        store: Arc<dyn Store>,
+        frame_cache_bytes: usize,
+        disk_cache_bytes: u64,
+    ) -> FrameReader {
         let dir = Arc::new(StateDir::open(self.here.path()).unwrap());
         let limits = ReaderLimits { frame_cache_bytes, disk_cache_bytes, open_files: 2 };
-        FrameReader::new(dir, volume(), Some(self.store.clone()), env(9), limits).unwrap()
+        FrameReader::new(dir, volume(), Some(store), env(9), limits).unwrap()
     }
 
     fn gets(&self) -> usize {
@@ -99,17 +109,44 @@ fn two_fetches_of_one_frame_share_a_request() {
     assert_eq!(a.gets(), 1);
 }
 
-#[test]
-fn a_failed_fetch_is_told_and_can_be_tried_again() {
+#[tokio::test(start_paused = true)]
+async fn a_failed_fetch_is_told_and_can_be_tried_again() {
     let a = abroad();
     let reader = a.reader(64 << 20, 64 << 20);
     a.store.unavailable.store(true, Relaxed);
     let all = a.ptrs(0);
-    let two = block_on(async { futures::join!(reader.fetch(&all), reader.fetch(&all)) });
+    let two = futures::join!(reader.fetch(&all), reader.fetch(&all));
     assert!(matches!(two, (Err(Error::Store(_)), Err(Error::Store(_)))));
     a.store.unavailable.store(false, Relaxed);
-    block_on(reader.fetch(&a.ptrs(0))).unwrap();
+    reader.fetch(&a.ptrs(0)).await.unwrap();
     a.check(&reader, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_that_wait_for_one_frame_fail_together_and_one_that_goes_on_alone_is_served() {
+    let a = abroad();
+    let retry = RetryStore::new(a.store.clone(), Env::system(), RetryPolicy::default());
+    let reader = a.reader_of(Arc::new(retry), 64 << 20, 64 << 20);
+    let all = a.ptrs(0);
+    let from = |second: u64| {
+        let (reader, all) = (&reader, &all);
+        async move {
+            tokio::time::sleep(Duration::from_secs(second)).await;
+            let begin = Instant::now();
+            (reader.fetch(&all[..1]).await, begin.elapsed())
+        }
+    };
+    a.store.unavailable.store(true, Relaxed);
+    for (fetched, took) in futures::future::join_all((0..50).map(from)).await {
+        assert!(matches!(fetched, Err(Error::Store(_))), "{fetched:?}");
+        assert!(took < AGAIN_MAX + Duration::from_secs(1), "{took:?}");
+    }
+    // The first fails for a frame that is nowhere; the second, which wanted another one too, does not.
+    a.store.unavailable.store(false, Relaxed);
+    let nowhere = FramePtr { seq: Seq(77), ..all[0] };
+    let (first, second) = ([nowhere, all[5]], [all[5]]);
+    let (first, second) = futures::join!(reader.fetch(&first), reader.fetch(&second));
+    assert!(first.is_err() && second.is_ok(), "{first:?} {second:?}");
 }
 
 #[test]

@@ -145,7 +145,9 @@ pub(crate) fn check_range(name: &str, range: &Range<u64>, size: u64) -> Result<(
 
 /// How long `bytes` may be under way, beside the time that any request may take.
 pub(crate) fn transfer_time(bytes: u64) -> Duration {
+    let rest = bytes % SLOWEST_BYTES_PER_SECOND;
     Duration::from_secs(bytes / SLOWEST_BYTES_PER_SECOND)
+        + Duration::from_nanos(rest * 1_000_000_000 / SLOWEST_BYTES_PER_SECOND)
 }
 
 /// What a listing of at most `limit` objects moves.

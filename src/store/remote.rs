@@ -4,8 +4,8 @@
 
 use super::{ObjectInfo, Store, StoreError, check_name, check_range, listing_bytes, transfer_time};
 use bytes::{Bytes, BytesMut};
-use futures::StreamExt;
 use futures::future::{BoxFuture, FutureExt};
+use futures::{Stream, StreamExt};
 use object_store::path::Path;
 use object_store::{
     Error, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload,
@@ -96,33 +96,15 @@ impl RemoteStore {
     }
 
     /// Gets `range` (or all) of an object; the answer is what the store sent and the object's size. Given up as soon as
-    /// it is silent for too long, or slower than the slowest of links, however much was asked for.
+    /// it is silent for too long, or slower than the slowest of links, however much was asked for, and however fast it
+    /// came before: what arrived early buys no longer silence.
     async fn get(&self, name: &str, path: &Path, range: Option<GetRange>) -> Result<(Bytes, u64), GetError> {
-        let begin = Instant::now();
-        let late = |_| GetError::Store(StoreError::unavailable(name, "the answer stays away"));
-        let failed = |error: Error| match status(&error) {
-            Some(416) => GetError::Range,
-            _ if error.to_string().contains("non-partial response") => GetError::Range,
-            _ if matches!(error, Error::NotSupported { .. }) => GetError::Range,
-            _ => GetError::Store(convert(name, error)),
-        };
+        let due = Instant::now() + SILENCE_MAX;
         let options = GetOptions { range, ..GetOptions::default() };
-        let answer = timeout_at(begin + SILENCE_MAX, self.inner.get_opts(path, options)).await;
-        let answer = answer.map_err(late)?.map_err(failed)?;
+        let answer = timeout_at(due, self.inner.get_opts(path, options)).await;
+        let answer = answer.map_err(|_| late(name))?.map_err(|error| failed(name, error))?;
         let (size, promised) = (answer.meta.size, answer.range.end.saturating_sub(answer.range.start));
-        let mut pieces = answer.into_stream();
-        let mut data = BytesMut::new();
-        loop {
-            let len = data.len() as u64;
-            if len > promised {
-                return Err(GetError::Store(StoreError::unavailable(name, "more arrives than was promised")));
-            }
-            let due = begin + SILENCE_MAX + transfer_time(len);
-            match timeout_at(due, pieces.next()).await.map_err(late)? {
-                Some(piece) => data.extend_from_slice(&piece.map_err(failed)?),
-                None => return Ok((data.freeze(), size)),
-            }
-        }
+        Ok((body(name, answer.into_stream(), promised, due).await?, size))
     }
 
     async fn range(&self, name: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
@@ -222,6 +204,38 @@ impl RemoteStore {
             }
         }
         Ok(found)
+    }
+}
+
+/// What arrives as a body of `promised` bytes, whose first is due at `due`.
+async fn body(
+    name: &str,
+    mut pieces: impl Stream<Item = object_store::Result<Bytes>> + Unpin,
+    promised: u64,
+    mut due: Instant,
+) -> Result<Bytes, GetError> {
+    let mut data = BytesMut::new();
+    while let Some(piece) = timeout_at(due, pieces.next()).await.map_err(|_| late(name))? {
+        let piece = piece.map_err(|error| failed(name, error))?;
+        data.extend_from_slice(&piece);
+        if data.len() as u64 > promised {
+            return Err(GetError::Store(StoreError::unavailable(name, "more arrives than was promised")));
+        }
+        due = (due + transfer_time(piece.len() as u64)).min(Instant::now() + SILENCE_MAX);
+    }
+    Ok(data.freeze())
+}
+
+fn late(name: &str) -> GetError {
+    GetError::Store(StoreError::unavailable(name, "the answer stays away"))
+}
+
+fn failed(name: &str, error: Error) -> GetError {
+    match status(&error) {
+        Some(416) => GetError::Range,
+        _ if error.to_string().contains("non-partial response") => GetError::Range,
+        _ if matches!(error, Error::NotSupported { .. }) => GetError::Range,
+        _ => GetError::Store(convert(name, error)),
     }
 }
 
@@ -439,6 +453,33 @@ mod tests {
         let quick = store(ThrottleConfig { wait_get_per_call: SILENCE_MAX / 2, ..ThrottleConfig::default() });
         quick.put_new("log/1", body.clone()).await.expect("put");
         assert_eq!(quick.get_range("log/1", 0..len).await.expect("get"), body);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_came_fast_buys_no_longer_silence() {
+        // The time before each piece, in seconds, and its length. When is the body given up?
+        let given_up = async |pieces: &[(u64, usize)]| {
+            let promised = pieces.iter().map(|(_, len)| *len as u64).sum();
+            let stream = futures::stream::iter(pieces.to_vec()).then(async |(pause, len)| {
+                tokio::time::sleep(Duration::from_secs(pause)).await;
+                Ok(Bytes::from(vec![7; len]))
+            });
+            let begin = Instant::now();
+            let arrived = body("log/1", Box::pin(stream), promised, begin + SILENCE_MAX).await;
+            arrived.is_err().then(|| begin.elapsed())
+        };
+        let stalls = given_up(&[(1, 3 << 20), (600, 1 << 20)]).await;
+        assert_eq!(stalls, Some(Duration::from_secs(1) + SILENCE_MAX));
+        // Most of it in a second, and then a few bytes a second.
+        let mut trickles = vec![(1, 3 << 20)];
+        trickles.extend([(1, 20); 100]);
+        let end = given_up(&trickles).await.expect("is given up");
+        assert!(end < SILENCE_MAX + Duration::from_secs(2), "{end:?}");
+        // Slow, in pieces of less than a second's worth each, with the longest pause that is borne at its end.
+        let mut slow = vec![(1, 33 << 10); 100];
+        slow.push((SILENCE_MAX.as_secs() - 1, 20));
+        assert_eq!(given_up(&slow).await, None);
+        assert!(given_up(&[(1, 31 << 10); 1000]).await.is_some());
     }
 
     #[test]

@@ -40,7 +40,8 @@ class Readers:
         self.point, self.name, self.ended, self.trouble = mount.point, name, False, None
         self.cold = []  # (begin, end, error number)
         self.stalls = {}
-        self.lock, self.next = threading.Lock(), itertools.cycle(range(1, FILES))
+        # Two at a time want the same file: who waits for what another asks for must not wait longer than that one.
+        self.lock, self.next = threading.Lock(), itertools.cycle(n for n in range(1, FILES) for _ in range(2))
         self.warm = os.open(self.point / "file-0", os.O_RDONLY)
         # Mapped, its pages stay in the kernel's cache, whoever drops that.
         self.mapped = mmap.mmap(self.warm, SIZE, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
