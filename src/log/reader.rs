@@ -28,7 +28,8 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
+use tokio::time::timeout_at;
 
 /// Requests to the store that one fetch has in flight.
 const REQUESTS_IN_FLIGHT: usize = 8;
