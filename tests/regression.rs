@@ -5,6 +5,7 @@ mod common;
 
 use bytes::Bytes;
 use common::{ROOT_USER, World, content, create, node, noise};
+use embassyfs::clock::Env;
 use embassyfs::fs::{self, AclKind, Fs, SetAttr, Settings, XattrMode};
 use embassyfs::log::volume::Parameters;
 use embassyfs::replica::Version;
@@ -18,7 +19,7 @@ use embassyfs::types::{CommitNo, Ino};
 use futures::future::BoxFuture;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -326,4 +327,119 @@ fn a_rename_that_has_to_wait_has_changed_nothing() {
     assert!(waits > 1, "nothing was cold");
     assert_eq!(home.fs.usage().inodes, inodes, "one came, one went");
     home.close(Duration::from_secs(20));
+}
+
+/// A store that falls silent: what is put arrives and is not answered, or only lists are answered.
+struct Falling {
+    inner: MemoryStore,
+    answers_puts: AtomicBool,
+    /// So many more gets of segments are answered.
+    answered: AtomicUsize,
+    /// Those that were not.
+    unanswered: AtomicUsize,
+}
+
+impl Falling {
+    fn get<'a, T: 'a + Send>(
+        &self,
+        name: &str,
+        answer: BoxFuture<'a, Result<T, StoreError>>,
+    ) -> BoxFuture<'a, Result<T, StoreError>> {
+        let one_less = |n: usize| n.checked_sub(1);
+        if !name.starts_with("log/")
+            || self.answered.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less).is_ok()
+        {
+            return answer;
+        }
+        self.unanswered.fetch_add(1, Ordering::SeqCst);
+        let silent = StoreError::unavailable(name, "no answer");
+        Box::pin(async move { Err(silent) })
+    }
+}
+
+impl Store for Falling {
+    fn put_new(&self, name: &str, body: Bytes) -> BoxFuture<'_, Result<(), StoreError>> {
+        let name = name.to_owned();
+        Box::pin(async move {
+            let answer = self.inner.put_new(&name, body).await;
+            match self.answers_puts.load(Ordering::SeqCst) || !name.starts_with("log/") {
+                true => answer,
+                false => std::future::pending().await,
+            }
+        })
+    }
+    fn get_range(&self, name: &str, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, StoreError>> {
+        self.get(name, self.inner.get_range(name, range))
+    }
+    fn get_suffix(&self, name: &str, len: u64) -> BoxFuture<'_, Result<(Bytes, u64), StoreError>> {
+        self.get(name, self.inner.get_suffix(name, len))
+    }
+    fn list(
+        &self,
+        prefix: &str,
+        after: Option<&str>,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<Vec<ObjectInfo>, StoreError>> {
+        self.inner.list(prefix, after, limit)
+    }
+    fn delete(&self, name: &str) -> BoxFuture<'_, Result<(), StoreError>> {
+        self.inner.delete(name)
+    }
+    fn describe(&self) -> String {
+        "falling".into()
+    }
+}
+
+/// A home that came up again asked a store that had just fallen silent for each of the segments that had been on their
+/// way, one after the other, each for as long as a read is repeated: sixteen minutes for 32 of them.
+#[test]
+fn a_home_that_comes_up_asks_a_silent_store_for_one_segment_only() {
+    const SEGMENTS: usize = 12;
+    let store = Arc::new(Falling {
+        inner: MemoryStore::new(),
+        answers_puts: AtomicBool::new(true),
+        answered: AtomicUsize::new(usize::MAX),
+        unanswered: AtomicUsize::new(0),
+    });
+    let world = World::over(store.clone(), tempfile::tempdir().unwrap(), Parameters::default());
+    let clock = Env::system().clock;
+    let in_time = |begin: Duration| clock.monotonic() - begin < Duration::from_secs(30);
+    let open = || {
+        let begin = clock.monotonic();
+        loop {
+            let options = OpenOptions { uploads: 2 * SEGMENTS, ..world.options("home") };
+            match Volume::open(options, world.runtime.handle()) {
+                // A put that is never answered lets go of the state directory only when its task is swept up.
+                Err(e) if e.to_string().contains("lock is held") && in_time(begin) => {}
+                opened => return opened.unwrap(),
+            }
+        }
+    };
+    let home = open();
+    create(&world, &home, Ino::ROOT, "first", b"sealed");
+    world.sync(&home); // tries the store out, too
+    let arrived = || world.runtime.block_on(store.list("log/", None, 1000)).unwrap().len();
+    let before = arrived();
+    store.answers_puts.store(false, Ordering::SeqCst);
+    for i in 0..SEGMENTS {
+        create(&world, &home, Ino::ROOT, &format!("deed {i}"), b"sealed");
+        let (sender, receiver) = channel();
+        home.when_remote(Duration::from_millis(1), Box::new(move |r| sender.send(r).unwrap()));
+        receiver.recv_timeout(Duration::from_secs(30)).unwrap().unwrap_err();
+        let begin = clock.monotonic();
+        while arrived() <= before + i && in_time(begin) {
+            std::thread::yield_now();
+        }
+        assert!(arrived() > before + i, "segment {i} does not arrive");
+    }
+    home.close(Duration::ZERO);
+    drop(home);
+    for answered in 0..4 * SEGMENTS {
+        store.answered.store(answered, Ordering::SeqCst);
+        store.unanswered.store(0, Ordering::SeqCst);
+        let home = open();
+        let unanswered = store.unanswered.load(Ordering::SeqCst);
+        assert!(unanswered <= 1, "{unanswered} after {answered} that were answered");
+        home.close(Duration::ZERO);
+    }
 }

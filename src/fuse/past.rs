@@ -9,6 +9,8 @@ use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// Its name in the control directory.
 pub const NAME: &str = "at";
@@ -18,6 +20,10 @@ pub const AT: Ino = Ino(DIRECTORY.0 + 1);
 const SPAN: u64 = 1 << 48;
 /// Versions open at once. Each costs the memory of the changes behind its checkpoint.
 const OPEN_MAX: usize = 16;
+
+/// So long a name that could not be opened is told the same again. Those that look one name up wait in the kernel for each
+/// other, and each would wait for the store as long as the first.
+const SHARED: Duration = Duration::from_secs(1);
 
 /// Opens the version of a name; an errno when there is none, or when it cannot be opened.
 pub type Open = Box<dyn Fn(&str) -> BoxFuture<'static, Result<Arc<Requests>, i32>> + Send + Sync>;
@@ -42,6 +48,8 @@ impl Version {
 pub struct Past {
     open: Open,
     all: Mutex<BTreeMap<u64, Slot>>,
+    /// The name that could not be opened last, and when.
+    failed: Mutex<Option<(String, Instant)>>,
 }
 
 struct Slot {
@@ -66,7 +74,7 @@ fn slot_of(ino: Ino) -> (u64, Ino) {
 impl Past {
     /// No version yet; `open` opens those that are asked for.
     pub fn new(open: Open) -> Past {
-        Past { open, all: Mutex::default() }
+        Past { open, all: Mutex::default(), failed: Mutex::default() }
     }
 
     /// The version that a number belongs to, and the inode in it; `ESTALE` when it has been closed.
@@ -87,7 +95,15 @@ impl Past {
 
     /// Opens the version of that name, in place of one that nobody holds if too many are open.
     pub async fn open(&self, name: &str) -> Result<Version, i32> {
-        let requests = (self.open)(name).await?;
+        let same = |(failed, when): &(String, Instant)| failed == name && when.elapsed() < SHARED;
+        if self.failed.lock().as_ref().is_some_and(same) {
+            return Err(libc::EIO);
+        }
+        let requests = (self.open)(name).await.inspect_err(|e| {
+            if *e == libc::EIO {
+                *self.failed.lock() = Some((name.into(), Instant::now()));
+            }
+        })?;
         if let Some(version) = self.known(name) {
             return Ok(version); // somebody was faster
         }
@@ -119,5 +135,39 @@ impl Past {
         if let Some(slot) = self.all.lock().get_mut(&slot_of(ino).0) {
             slot.held = slot.held.saturating_sub(n);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[tokio::test(start_paused = true)]
+    async fn those_that_look_up_a_version_that_cannot_be_opened_wait_once() {
+        let opened = Arc::new(AtomicUsize::new(0));
+        let count = opened.clone();
+        let past = Past::new(Box::new(move |name| {
+            let errno = if name == "none" { libc::ENOENT } else { libc::EIO };
+            count.fetch_add(1, Ordering::SeqCst);
+            Box::pin(async move {
+                tokio::time::sleep(Duration::from_secs(42)).await;
+                Err(errno)
+            })
+        }));
+        let fails = async |name: &str, errno: i32, opens: usize| {
+            let before = opened.load(Ordering::SeqCst);
+            assert_eq!(past.open(name).await.err(), Some(errno));
+            assert_eq!(opened.load(Ordering::SeqCst) - before, opens, "{name}");
+        };
+        fails("7", libc::EIO, 1).await;
+        for _ in 0..10 {
+            fails("7", libc::EIO, 0).await;
+        }
+        fails("8", libc::EIO, 1).await;
+        tokio::time::sleep(SHARED).await;
+        fails("8", libc::EIO, 1).await;
+        fails("none", libc::ENOENT, 1).await;
+        fails("none", libc::ENOENT, 1).await;
     }
 }

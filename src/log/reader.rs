@@ -15,7 +15,7 @@ use crate::cache::frames::FrameCache;
 use crate::cache::ranges::Ranges;
 use crate::clock::Env;
 use crate::disk::{DiskFile, Mode};
-use crate::store::{Store, StoreError};
+use crate::store::Store;
 use crate::types::{FrameKind, FramePtr, Seq};
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
@@ -27,9 +27,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::time::Instant;
-use tokio::time::timeout_at;
 
 /// Requests to the store that one fetch has in flight.
 const REQUESTS_IN_FLIGHT: usize = 8;
@@ -37,9 +35,6 @@ const REQUESTS_IN_FLIGHT: usize = 8;
 const CIPHERS_KEPT: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
 /// Hints about dead frames beyond this number are dropped: eviction finds those bytes by age.
 const DEAD_HINTS_MAX: usize = 1 << 20;
-/// A fetch that waited for another, in vain, ends this long after it began: by then the store had as long as a read of
-/// it is repeated.
-const AGAIN_MAX: Duration = Duration::from_secs(30);
 const HEADER_RANGE: Range<u64> = 0..HEADER_LEN as u64;
 
 /// What a [`FrameReader`] may use.
@@ -188,33 +183,27 @@ impl FrameReader {
     }
 
     /// Brings frames that are only in the store to this host: neighbours in one request, several requests at a
-    /// time, and what another fetch already asks for only once. Many that wait for the same frames while the store is
-    /// silent all fail about when the first does, not one after the other.
+    /// time, and what another fetch already asks for only once. Who waits for another fetch shares its fate when the store
+    /// does not answer that one: many that want the same are told together, not one after the other.
     pub async fn fetch(&self, ptrs: &[FramePtr]) -> Result<()> {
+        let begun = Instant::now();
         let mut wanted = self.missing_of(ptrs);
-        let (end, mut failed) = (Instant::now() + AGAIN_MAX, false);
         while !wanted.is_empty() {
-            let round = self.fetch_or_wait(&wanted);
-            let missing = match failed {
-                false => round.await?,
-                true => timeout_at(end, round).await.unwrap_or_else(|_| Err(stays_away(&wanted)))?,
-            };
-            failed |= missing.len() == wanted.len();
-            wanted = missing;
+            if let Some(error) = self.in_flight.unanswered(&wanted, begun) {
+                return Err(error.into());
+            }
+            let claim = self.in_flight.claim(&wanted);
+            if !claim.ptrs.is_empty() {
+                let fetched = self.fetch_claimed(&claim.ptrs).await;
+                claim.ended(&fetched);
+                fetched?;
+                wanted.retain(|ptr| !claim.ptrs.contains(ptr));
+            }
+            drop(claim);
+            self.in_flight.wait_for_one(&wanted).await;
+            wanted = self.missing_of(&wanted);
         }
         Ok(())
-    }
-
-    /// Fetches what nobody else asks for, and waits for one of the others. Those of `wanted` that are still missing.
-    async fn fetch_or_wait(&self, wanted: &[FramePtr]) -> Result<Vec<FramePtr>> {
-        let claim = self.in_flight.claim(wanted);
-        if !claim.ptrs.is_empty() {
-            self.fetch_claimed(&claim.ptrs).await?;
-        }
-        let others: Vec<FramePtr> = wanted.iter().filter(|ptr| !claim.ptrs.contains(ptr)).copied().collect();
-        drop(claim);
-        self.in_flight.wait_for_one(&others).await;
-        Ok(self.missing_of(&others))
     }
 
     /// A hint that the newest tree does not refer to the frame any more: its cached copy may go first.
@@ -512,11 +501,6 @@ impl FrameReader {
     fn make_parent(&self, path: &Path) -> std::io::Result<()> {
         path.parent().map_or(Ok(()), |parent| self.dir.disk().create_dirs(parent))
     }
-}
-
-fn stays_away(wanted: &[FramePtr]) -> Error {
-    let name = wanted.first().map_or_else(String::new, |ptr| segment_name(ptr.seq));
-    StoreError::unavailable(&name, "no answer in time, to another read of it neither").into()
 }
 
 fn merge(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {

@@ -5,12 +5,14 @@ use super::super::blocks::Layout;
 use super::super::testing::{MemoryStore, env, noise, volume};
 use super::super::writer::LogWriter;
 use super::*;
+use crate::store::StoreError;
 use crate::store::retry::{RetryPolicy, RetryStore};
 use crate::types::{CommitNo, Epoch, Timestamp};
 use futures::executor::block_on;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 struct Abroad {
     _home: tempfile::TempDir,
@@ -118,35 +120,66 @@ async fn a_failed_fetch_is_told_and_can_be_tried_again() {
     let two = futures::join!(reader.fetch(&all), reader.fetch(&all));
     assert!(matches!(two, (Err(Error::Store(_)), Err(Error::Store(_)))));
     a.store.unavailable.store(false, Relaxed);
+    tokio::time::sleep(Duration::from_secs(1)).await;
     reader.fetch(&a.ptrs(0)).await.unwrap();
     a.check(&reader, 0);
 }
 
 #[tokio::test(start_paused = true)]
-async fn many_that_wait_for_one_frame_fail_together_and_one_that_goes_on_alone_is_served() {
+async fn many_that_want_the_same_are_told_together_that_the_store_does_not_answer() {
     let a = abroad();
+    let patience = RetryPolicy::default().read_deadline;
     let retry = RetryStore::new(a.store.clone(), Env::system(), RetryPolicy::default());
     let reader = a.reader_of(Arc::new(retry), 64 << 20, 64 << 20);
     let all = a.ptrs(0);
-    let from = |second: u64| {
-        let (reader, all) = (&reader, &all);
+    // Every other one wants a frame of its own, too: nobody is served half and then waits anew.
+    let from = |n: usize| {
+        let wanted = if n.is_multiple_of(2) { vec![all[0]] } else { vec![all[0], all[1 + n / 8]] };
+        let reader = &reader;
         async move {
-            tokio::time::sleep(Duration::from_secs(second)).await;
+            tokio::time::sleep(Duration::from_secs(n as u64)).await;
             let begin = Instant::now();
-            (reader.fetch(&all[..1]).await, begin.elapsed())
+            (reader.fetch(&wanted).await, begin.elapsed())
         }
     };
     a.store.unavailable.store(true, Relaxed);
-    for (fetched, took) in futures::future::join_all((0..50).map(from)).await {
+    for (fetched, took) in futures::future::join_all((0..100).map(from)).await {
         assert!(matches!(fetched, Err(Error::Store(_))), "{fetched:?}");
-        assert!(took < AGAIN_MAX + Duration::from_secs(1), "{took:?}");
+        assert!(took <= patience, "{took:?}");
     }
-    // The first fails for a frame that is nowhere; the second, which wanted another one too, does not.
+    // As the kernel lets them ask: one after the other.
+    let begin = Instant::now();
+    for _ in 0..100 {
+        reader.fetch(&all[..1]).await.unwrap_err();
+    }
+    assert!(begin.elapsed() <= patience, "{:?}", begin.elapsed());
+    // What nobody asked for is asked for; and then the store is known to be there.
     a.store.unavailable.store(false, Relaxed);
-    let nowhere = FramePtr { seq: Seq(77), ..all[0] };
-    let (first, second) = ([nowhere, all[5]], [all[5]]);
+    reader.fetch(&all[19..]).await.unwrap();
+    reader.fetch(&all[..1]).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_want_of_an_answer_is_shared_for_the_same_frame_only_and_other_failures_are_not() {
+    let a = abroad();
+    let reader = a.reader(64 << 20, 64 << 20);
+    let (here, other, third) = (a.ptrs(0), a.ptrs(1), a.ptrs(2));
+    a.store.unavailable.store(true, Relaxed);
+    reader.fetch(&here[..1]).await.unwrap_err();
+    a.store.unavailable.store(false, Relaxed);
+    assert!(matches!(reader.fetch(&here[..1]).await, Err(Error::Store(StoreError::Unavailable { .. }))));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    reader.fetch(&here[..1]).await.unwrap();
+    // The first fails for a frame that is nowhere; the second wanted another one of it, too.
+    let nowhere = FramePtr { seq: Seq(77), ..here[0] };
+    let (first, second) = ([nowhere, other[5]], [other[5]]);
     let (first, second) = futures::join!(reader.fetch(&first), reader.fetch(&second));
     assert!(first.is_err() && second.is_ok(), "{first:?} {second:?}");
+    // Given up in the middle, it says nothing about the store.
+    let mut given_up = Box::pin(reader.fetch(&third[..1]));
+    assert!(futures::poll!(given_up.as_mut()).is_pending());
+    drop(given_up);
+    reader.fetch(&third[..1]).await.unwrap();
 }
 
 #[test]

@@ -407,12 +407,18 @@ pub(super) async fn split_sent(
     // Another writer's can be as long. What is newer than what is known to be stored is looked at; and not more than can
     // have been on its way.
     let known = local.iter().map(|segment| segment.stored).max().unwrap_or_default();
-    for (at, segment) in local.iter().enumerate().take(sent).rev().take(IN_FLIGHT_MAX) {
-        // One that cannot be read now is offered again, too.
-        if segment.head.seq > known
-            && chain::stored_head(ctx, store, segment.head.seq).await.ok() != Some(segment.head)
-        {
-            sent = at;
+    let newer = |(_, segment): &(usize, &ClosedSegment)| segment.head.seq > known;
+    let newer: Vec<_> = local.iter().enumerate().take(sent).rev().take(IN_FLIGHT_MAX).filter(newer).collect();
+    for (at, segment) in &newer {
+        match chain::stored_head(ctx, store, segment.head.seq).await {
+            Ok(head) if head == segment.head => {}
+            // The next would be waited for as long.
+            Err(Error::Store(e)) if e.is_transient() => {
+                sent = newer.last().map_or(sent, |(first, _)| *first);
+                break;
+            }
+            // One that cannot be read now is offered again, too.
+            _ => sent = *at,
         }
     }
     let unsent = local.get(sent..).unwrap_or_default().to_vec();

@@ -457,29 +457,29 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_came_fast_buys_no_longer_silence() {
-        // The time before each piece, in seconds, and its length. When is the body given up?
+        // The time before each piece, in milliseconds, and its length. When is the body given up?
         let given_up = async |pieces: &[(u64, usize)]| {
             let promised = pieces.iter().map(|(_, len)| *len as u64).sum();
             let stream = futures::stream::iter(pieces.to_vec()).then(async |(pause, len)| {
-                tokio::time::sleep(Duration::from_secs(pause)).await;
+                tokio::time::sleep(Duration::from_millis(pause)).await;
                 Ok(Bytes::from(vec![7; len]))
             });
             let begin = Instant::now();
             let arrived = body("log/1", Box::pin(stream), promised, begin + SILENCE_MAX).await;
             arrived.is_err().then(|| begin.elapsed())
         };
-        let stalls = given_up(&[(1, 3 << 20), (600, 1 << 20)]).await;
+        let stalls = given_up(&[(1000, 3 << 20), (600_000, 1 << 20)]).await;
         assert_eq!(stalls, Some(Duration::from_secs(1) + SILENCE_MAX));
         // Most of it in a second, and then a few bytes a second.
-        let mut trickles = vec![(1, 3 << 20)];
-        trickles.extend([(1, 20); 100]);
+        let mut trickles = vec![(1000, 3 << 20)];
+        trickles.extend([(1000, 20); 100]);
         let end = given_up(&trickles).await.expect("is given up");
         assert!(end < SILENCE_MAX + Duration::from_secs(2), "{end:?}");
-        // Slow, in pieces of less than a second's worth each, with the longest pause that is borne at its end.
-        let mut slow = vec![(1, 33 << 10); 100];
-        slow.push((SILENCE_MAX.as_secs() - 1, 20));
+        // A little more than the slowest of links, in small pieces, with the longest pause that is borne at its end.
+        let mut slow = vec![(250, 9 << 10); 400];
+        slow.push((SILENCE_MAX.as_millis() as u64 - 500, 20));
         assert_eq!(given_up(&slow).await, None);
-        assert!(given_up(&[(1, 31 << 10); 1000]).await.is_some());
+        assert!(given_up(&[(250, 7 << 10); 1000]).await.is_some());
     }
 
     #[test]

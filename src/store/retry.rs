@@ -20,6 +20,9 @@ pub const COMPARE_SUFFIX: u64 = 4096;
 const COMPARE_WHOLE_MAX: u64 = 64 * 1024;
 /// The largest answer that is given time to arrive; who asks for more asks for "all of it", which is less.
 const ANSWER_LEN_MAX: u64 = 4 << 30;
+/// An attempt that took longer than half of the time for reads by this was being answered: silence is given up before
+/// ([`super::remote`]), also on a busy host.
+const MORE_THAN_SILENCE: Duration = Duration::from_secs(5);
 
 /// The bounds of asking again.
 #[derive(Clone, Copy, Debug)]
@@ -28,8 +31,9 @@ pub struct RetryPolicy {
     pub first_delay: Duration,
     /// The longest pause.
     pub delay_max: Duration,
-    /// No new attempt of a read, list or delete begins later than this, and an attempt under way is cut off then, but
-    /// not before the bytes that were asked for had time to arrive over the slowest of links.
+    /// No new attempt of a read, list or delete begins later than this, unless an answer was under way meanwhile: then
+    /// not later than half of this after its end. All is over at this time and that in which the bytes that were asked
+    /// for arrive over the slowest of links.
     pub read_deadline: Duration,
     /// No new attempt of a put begins later than this. (An attempt under way is bounded by the adapter, by its size.)
     pub put_deadline: Duration,
@@ -143,15 +147,20 @@ impl RetryStore {
         len: u64,
         mut request: impl FnMut() -> BoxFuture<'a, Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
-        let deadline = Instant::now() + self.policy.read_deadline;
+        let (mut deadline, half) =
+            (Instant::now() + self.policy.read_deadline, self.policy.read_deadline / 2);
         let cut_off = deadline + transfer_time(len.min(ANSWER_LEN_MAX));
         let mut backoff = self.backoff();
         for tries in 1.. {
+            let begun = Instant::now();
             let error = match tokio::time::timeout_at(cut_off, request()).await {
                 Ok(Err(error)) if error.is_transient() => error,
                 Ok(answer) => return answer,
                 Err(_) => StoreError::unavailable(name, "no answer in time"),
             };
+            if begun.elapsed() > half + MORE_THAN_SILENCE {
+                deadline = deadline.max(Instant::now() + half).min(cut_off);
+            }
             self.pause(&mut backoff, deadline, tries, error).await?;
         }
         Err(StoreError::unavailable(name, "too many attempts"))
@@ -327,6 +336,32 @@ mod tests {
         let start = Instant::now();
         super::super::reachable(&retry, Duration::from_secs(10)).await.unwrap_err();
         assert!(start.elapsed() <= Duration::from_secs(11), "{:?}", start.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_breaks_off_late_is_asked_for_again_and_silence_is_not_for_longer() {
+        let (_, _, retry) = faulty(Faults::default());
+        // Attempts that take so many seconds each, of which the last succeeds.
+        let read = async |attempts: &[u64]| {
+            let mut left = attempts.iter().rev().copied().collect::<Vec<u64>>();
+            let begin = Instant::now();
+            let answer = retry.read("log/1", 4 << 20, || {
+                let (takes, last) = (left.pop().unwrap_or(0), left.is_empty());
+                async move {
+                    tokio::time::sleep(Duration::from_secs(takes)).await;
+                    if last { Ok(()) } else { Err(StoreError::unavailable("log/1", "broken off")) }
+                }
+                .boxed()
+            });
+            (answer.await.is_ok(), begin.elapsed())
+        };
+        assert!(read(&[40, 40, 40]).await.0, "each was under way");
+        let (served, took) = read(&[15; 9]).await;
+        assert!(!served && took < Duration::from_secs(31), "{took:?}");
+        let (served, took) = read(&[40, 15, 15]).await;
+        assert!(!served && took < Duration::from_secs(56), "{took:?}");
+        let (served, took) = read(&[40; 9]).await;
+        assert!(!served && took < Duration::from_secs(159), "{took:?}");
     }
 
     #[tokio::test(start_paused = true)]
