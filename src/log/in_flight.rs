@@ -17,8 +17,8 @@ use tokio::time::Instant;
 /// page that could not be read ahead, and lets those that want the same page or the same name ask one after the other:
 /// each of them would wait as long again.
 const SHARED: Duration = Duration::from_secs(1);
-/// A fetch that failed later than this had answers, though too slow ones: a smaller one may fare better. (Silence, and
-/// errors without end, are given up after 30 s.)
+/// A fetch that failed later than this had answers meanwhile, which came too slowly or broke off: it says too little about
+/// the next one to speak for it. (Silence or errors from the beginning are given up after 30 s.)
 const SILENT: Duration = Duration::from_secs(35);
 /// Who waits for a fetch has heard how it ended after this time, however busy the host is.
 const KEPT: Duration = Duration::from_secs(30);
@@ -75,12 +75,12 @@ impl InFlight {
 }
 
 impl Claim<'_> {
-    /// Takes note of how the fetch ended, before its frames are released. One that was answered shows that the store is
-    /// there again.
+    /// Takes note of how the fetch ended, before its frames are released. One that was answered shows that its segments
+    /// are there again.
     pub fn ended(&self, fetched: &Result<()>) {
         let mut all = self.in_flight.unanswered.lock();
         match fetched {
-            Ok(()) => all.clear(),
+            Ok(()) => all.retain(|ptr, _| !self.ptrs.iter().any(|answered| answered.seq == ptr.seq)),
             Err(Error::Store(StoreError::Unavailable { name, detail })) if self.begun.elapsed() < SILENT => {
                 let now = Instant::now();
                 all.retain(|_, (when, _)| now.duration_since(*when) < KEPT);

@@ -7,6 +7,7 @@ has a time limit, and whatever a case starts carries `EMBASSYFS_E2E_RUN` in its 
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -323,10 +324,13 @@ def tool(name, version, *flags):
 
 
 def free_port():
-    """A loopback port that was free a moment ago."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A loopback port that was free a moment ago, and that the kernel gives to no connection by itself meanwhile."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in random.sample(range(10_000, max(first, 10_500)), 500):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+    raise Failed("no port of the loopback is free")
 
 
 def s3_environment(port, host="127.0.0.1"):
@@ -362,7 +366,12 @@ def s3_server(directory, inside=()):
             env={**os.environ, "RUST_LOG": "warn"},
         )
     try:
-        wait_until(lambda: listens(port, inside), 20, "the S3 server listens")
+        def up():
+            if server.poll() is not None:
+                raise Failed(f"the S3 server ended: {(Path(directory) / 's3.log').read_text(errors='replace')[-500:]}")
+            return listens(port, inside)
+
+        wait_until(up, 20, "the S3 server listens")
         yield root, port
     finally:
         server.terminate()
