@@ -24,22 +24,63 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// A store that notes the order in which objects arrive.
+/// A store that notes the order in which objects arrive, and may fall silent about segments: what is put arrives and is
+/// not answered, what is asked for neither.
 struct Recorder {
     inner: MemoryStore,
     order: Mutex<Vec<String>>,
+    answers_puts: AtomicBool,
+    /// So many more gets of segments are answered.
+    answered: AtomicUsize,
+    /// Those that were not.
+    unanswered: AtomicUsize,
+}
+
+impl Recorder {
+    fn new() -> Arc<Recorder> {
+        Arc::new(Recorder {
+            inner: MemoryStore::new(),
+            order: Mutex::default(),
+            answers_puts: AtomicBool::new(true),
+            answered: AtomicUsize::new(usize::MAX),
+            unanswered: AtomicUsize::new(0),
+        })
+    }
+
+    fn get<'a, T: 'a + Send>(
+        &self,
+        name: &str,
+        answer: BoxFuture<'a, Result<T, StoreError>>,
+    ) -> BoxFuture<'a, Result<T, StoreError>> {
+        let one_less = |n: usize| n.checked_sub(1);
+        if !name.starts_with("log/")
+            || self.answered.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less).is_ok()
+        {
+            return answer;
+        }
+        self.unanswered.fetch_add(1, Ordering::SeqCst);
+        let silent = StoreError::unavailable(name, "no answer");
+        Box::pin(async move { Err(silent) })
+    }
 }
 
 impl Store for Recorder {
     fn put_new(&self, name: &str, body: Bytes) -> BoxFuture<'_, Result<(), StoreError>> {
-        self.order.lock().unwrap().push(name.to_string());
-        self.inner.put_new(name, body)
+        let name = name.to_owned();
+        self.order.lock().unwrap().push(name.clone());
+        Box::pin(async move {
+            let answer = self.inner.put_new(&name, body).await;
+            match self.answers_puts.load(Ordering::SeqCst) || !name.starts_with("log/") {
+                true => answer,
+                false => std::future::pending().await,
+            }
+        })
     }
     fn get_range(&self, name: &str, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, StoreError>> {
-        self.inner.get_range(name, range)
+        self.get(name, self.inner.get_range(name, range))
     }
     fn get_suffix(&self, name: &str, len: u64) -> BoxFuture<'_, Result<(Bytes, u64), StoreError>> {
-        self.inner.get_suffix(name, len)
+        self.get(name, self.inner.get_suffix(name, len))
     }
     fn list(
         &self,
@@ -61,7 +102,7 @@ impl Store for Recorder {
 /// one could overtake; who waited for the earlier was then told that the store had it.
 #[test]
 fn segments_are_shipped_in_the_order_of_the_chain() {
-    let recorder = Arc::new(Recorder { inner: MemoryStore::new(), order: Mutex::default() });
+    let recorder = Recorder::new();
     let parameters = Parameters { segment_size: 1 << 20, ..Parameters::default() };
     let world = World::over(recorder.clone(), tempfile::tempdir().unwrap(), parameters);
     let options = OpenOptions { protection: Protection::Available, uploads: 1, ..world.options("home") };
@@ -329,78 +370,12 @@ fn a_rename_that_has_to_wait_has_changed_nothing() {
     home.close(Duration::from_secs(20));
 }
 
-/// A store that falls silent: what is put arrives and is not answered, or only lists are answered.
-struct Falling {
-    inner: MemoryStore,
-    answers_puts: AtomicBool,
-    /// So many more gets of segments are answered.
-    answered: AtomicUsize,
-    /// Those that were not.
-    unanswered: AtomicUsize,
-}
-
-impl Falling {
-    fn get<'a, T: 'a + Send>(
-        &self,
-        name: &str,
-        answer: BoxFuture<'a, Result<T, StoreError>>,
-    ) -> BoxFuture<'a, Result<T, StoreError>> {
-        let one_less = |n: usize| n.checked_sub(1);
-        if !name.starts_with("log/")
-            || self.answered.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less).is_ok()
-        {
-            return answer;
-        }
-        self.unanswered.fetch_add(1, Ordering::SeqCst);
-        let silent = StoreError::unavailable(name, "no answer");
-        Box::pin(async move { Err(silent) })
-    }
-}
-
-impl Store for Falling {
-    fn put_new(&self, name: &str, body: Bytes) -> BoxFuture<'_, Result<(), StoreError>> {
-        let name = name.to_owned();
-        Box::pin(async move {
-            let answer = self.inner.put_new(&name, body).await;
-            match self.answers_puts.load(Ordering::SeqCst) || !name.starts_with("log/") {
-                true => answer,
-                false => std::future::pending().await,
-            }
-        })
-    }
-    fn get_range(&self, name: &str, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, StoreError>> {
-        self.get(name, self.inner.get_range(name, range))
-    }
-    fn get_suffix(&self, name: &str, len: u64) -> BoxFuture<'_, Result<(Bytes, u64), StoreError>> {
-        self.get(name, self.inner.get_suffix(name, len))
-    }
-    fn list(
-        &self,
-        prefix: &str,
-        after: Option<&str>,
-        limit: usize,
-    ) -> BoxFuture<'_, Result<Vec<ObjectInfo>, StoreError>> {
-        self.inner.list(prefix, after, limit)
-    }
-    fn delete(&self, name: &str) -> BoxFuture<'_, Result<(), StoreError>> {
-        self.inner.delete(name)
-    }
-    fn describe(&self) -> String {
-        "falling".into()
-    }
-}
-
 /// A home that came up again asked a store that had just fallen silent for each of the segments that had been on their
 /// way, one after the other, each for as long as a read is repeated: sixteen minutes for 32 of them.
 #[test]
 fn a_home_that_comes_up_asks_a_silent_store_for_one_segment_only() {
     const SEGMENTS: usize = 12;
-    let store = Arc::new(Falling {
-        inner: MemoryStore::new(),
-        answers_puts: AtomicBool::new(true),
-        answered: AtomicUsize::new(usize::MAX),
-        unanswered: AtomicUsize::new(0),
-    });
+    let store = Recorder::new();
     let world = World::over(store.clone(), tempfile::tempdir().unwrap(), Parameters::default());
     let clock = Env::system().clock;
     let in_time = |begin: Duration| clock.monotonic() - begin < Duration::from_secs(30);
