@@ -91,7 +91,14 @@ pub fn run(args: ManifestArgs) -> Outcome {
     if let Some(no) = args.at {
         is_commit(&top, no, newest)?;
     }
-    let made = lines(&top, &mut writer).and_then(|()| {
+    let read = lines(&top, &mut writer).map_err(|e| match nothing_changed(&mount, &before) {
+        // A name that is gone, or a size that is another, may be another's work: that first, then what was seen.
+        Err(changed) if args.live => {
+            Failure { message: format!("{}: {}", changed.message, e.message), ..changed }
+        }
+        _ => e,
+    });
+    let made = read.and_then(|()| {
         let commit = match args.live {
             true => unchanged(&mount, &before, args.timeout)?,
             false => args.at.unwrap_or(newest),
@@ -130,11 +137,16 @@ fn unchanged(
     timeout: Duration,
 ) -> Result<u64, Failure> {
     let commit = durable(mount, timeout)?;
+    nothing_changed(mount, before)?;
+    Ok(commit)
+}
+
+fn nothing_changed(mount: &mounted::Mounted, before: &BTreeMap<String, u64>) -> Result<(), Failure> {
     let now = changes(mount)?;
     let changed: Vec<&str> =
         now.iter().filter(|(name, n)| before.get(*name) != Some(n)).map(|(name, _)| name.as_str()).collect();
     match changed.is_empty() && now.len() == before.len() {
-        true => Ok(commit),
+        true => Ok(()),
         false => Err(Failure::new(
             ExitCode::Failed,
             format!("the volume was changed while it was read ({})", changed.join(", ")),
