@@ -22,6 +22,9 @@ const SLED_FLUSH_MS: u64 = 5_000;
 const BATCHES_MAX: usize = 64;
 /// How long the database is waited for; once it has let that pass, not any more.
 const FLUSH_MAX: Duration = Duration::from_secs(5);
+/// A database whose lock is still held is tried this often, with a pause in between.
+const LOCK_TRIES: usize = 250;
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
 const VERSION: u8 = 1;
 
 /// The index of cached ranges.
@@ -61,14 +64,7 @@ impl Ranges {
 
     /// Opens the database at `path` and reads it; starts afresh when it cannot be read.
     pub fn open(path: &Path) -> Ranges {
-        let open = || {
-            sled::Config::new()
-                .path(path)
-                .cache_capacity(SLED_CACHE_BYTES)
-                .flush_every_ms(Some(SLED_FLUSH_MS))
-                .mode(sled::Mode::LowSpace)
-                .open()
-        };
+        let open = || open_when_free(path, &mut || std::thread::sleep(LOCK_PAUSE));
         let db = open()
             .or_else(|e| {
                 ::log::warn!("{}: {e}; the index of the cache starts afresh", path.display());
@@ -195,6 +191,24 @@ impl Ranges {
             Ok(()) | Err(TrySendError::Disconnected(_)) => inner.changed.clear(),
         }
     }
+}
+
+/// Opens the database, also when who had it in this process before has closed it just now: a thread of `sled`'s pool may
+/// have its file, and so its lock, for a moment longer.
+fn open_when_free(path: &Path, pause: &mut dyn FnMut()) -> sled::Result<sled::Db> {
+    let config = sled::Config::new()
+        .path(path)
+        .cache_capacity(SLED_CACHE_BYTES)
+        .flush_every_ms(Some(SLED_FLUSH_MS))
+        .mode(sled::Mode::LowSpace);
+    for _ in 0..LOCK_TRIES {
+        match config.open() {
+            // So `sled` says that the lock is held; damage is told in other ways.
+            Err(sled::Error::Io(e)) if e.kind() == std::io::ErrorKind::Other => pause(),
+            opened => return opened,
+        }
+    }
+    config.open()
 }
 
 /// Starts the thread that has the database.
@@ -375,5 +389,25 @@ mod tests {
         drop(ranges);
         std::fs::remove_dir_all(&path).unwrap();
         assert_eq!(Ranges::open(&path).bytes(), 0);
+    }
+
+    /// The lock counted as damage: what was cached was forgotten, and removed from under who still closed it.
+    #[test]
+    fn a_database_that_is_about_to_be_closed_is_waited_for() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("index.sled");
+        let mut before = Some(sled::open(&path).unwrap());
+        before.as_ref().unwrap().insert(7u64.to_be_bytes(), b"known").unwrap();
+        let mut pauses = 0;
+        let db = open_when_free(&path, &mut || {
+            pauses += 1;
+            before = None;
+            std::thread::sleep(LOCK_PAUSE);
+        })
+        .unwrap();
+        assert!(db.contains_key(7u64.to_be_bytes()).unwrap() && pauses > 0);
+        pauses = 0;
+        assert!(open_when_free(&path, &mut || pauses += 1).is_err(), "but not for ever");
+        assert_eq!(pauses, LOCK_TRIES);
     }
 }
