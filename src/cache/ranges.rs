@@ -64,7 +64,7 @@ impl Ranges {
 
     /// Opens the database at `path` and reads it; starts afresh when it cannot be read.
     pub fn open(path: &Path) -> Ranges {
-        let open = || open_when_free(path, &mut || std::thread::sleep(LOCK_PAUSE));
+        let open = || open_when_free(path, &mut || std::thread::park_timeout(LOCK_PAUSE));
         let db = open()
             .or_else(|e| {
                 ::log::warn!("{}: {e}; the index of the cache starts afresh", path.display());
@@ -402,7 +402,7 @@ mod tests {
         let db = open_when_free(&path, &mut || {
             pauses += 1;
             before = None;
-            std::thread::sleep(LOCK_PAUSE);
+            std::thread::park_timeout(LOCK_PAUSE);
         })
         .unwrap();
         assert!(db.contains_key(7u64.to_be_bytes()).unwrap() && pauses > 0);

@@ -91,13 +91,14 @@ pub fn run(args: ManifestArgs) -> Outcome {
     if let Some(no) = args.at {
         is_commit(&top, no, newest)?;
     }
-    let read = lines(&top, &mut writer).map_err(|e| match nothing_changed(&mount, &before) {
-        // A name that is gone, or a size that is another, may be another's work: that first, then what was seen.
-        Err(changed) if args.live => {
-            Failure { message: format!("{}: {}", changed.message, e.message), ..changed }
-        }
-        _ => e,
-    });
+    let read =
+        lines(&top, &mut writer).map_err(|e| match args.live.then(|| nothing_changed(&mount, &before)) {
+            // A name that is gone, or a size that is another, may be another's work: that first, then what was seen.
+            Some(Err(changed)) => {
+                Failure { message: format!("{}: {}", changed.message, e.message), ..changed }
+            }
+            _ => e,
+        });
     let made = read.and_then(|()| {
         let commit = match args.live {
             true => unchanged(&mount, &before, args.timeout)?,
