@@ -64,23 +64,19 @@ impl Ranges {
 
     /// Opens the database at `path` and reads it; starts afresh when it cannot be read.
     pub fn open(path: &Path) -> Ranges {
-        let open = || open_when_free(path, &mut || std::thread::park_timeout(LOCK_PAUSE));
-        let db = open()
+        let (db, inner) = open_and_read(path)
             .or_else(|e| {
+                if is_held(&e) {
+                    return Err(e); // it is somebody's, and whole
+                }
                 ::log::warn!("{}: {e}; the index of the cache starts afresh", path.display());
                 let _ = std::fs::remove_dir_all(path);
-                open()
+                open_and_read(path)
             })
             .inspect_err(|e| ::log::warn!("{}: {e}; the cache will be forgotten at exit", path.display()))
-            .ok();
-        let mut inner = Inner::default();
-        for (key, value) in db.iter().flat_map(|db| db.iter()).filter_map(Result::ok) {
-            if let (Ok(key), Some(cached)) = (<[u8; 8]>::try_from(&*key), Cached::decode(&value)) {
-                inner.bytes += cached.bytes();
-                inner.segments.insert(Seq(u64::from_be_bytes(key)), cached);
-            }
-        }
-        Ranges { db: db.and_then(start), stuck: AtomicBool::new(false), inner: Mutex::new(inner) }
+            .ok()
+            .unzip();
+        Ranges { db, stuck: AtomicBool::new(false), inner: Mutex::new(inner.unwrap_or_default()) }
     }
 
     /// True when all of `range` of the segment is cached.
@@ -193,8 +189,25 @@ impl Ranges {
     }
 }
 
-/// Opens the database, also when who had it in this process before has closed it just now: a thread of `sled`'s pool may
-/// have its file, and so its lock, for a moment longer.
+/// Opens the database, gives it to a thread of its own, and says what is in it.
+fn open_and_read(path: &Path) -> sled::Result<(SyncSender<Order>, Inner)> {
+    let db = open_when_free(path, &mut || std::thread::park_timeout(LOCK_PAUSE))?;
+    let mut inner = Inner::default();
+    let read = db.iter().try_for_each(|entry| {
+        // Ends at the first error: `sled` does not go on behind it, and would tell it again for ever.
+        let (key, value) = entry?;
+        if let (Ok(key), Some(cached)) = (<[u8; 8]>::try_from(&*key), Cached::decode(&value)) {
+            inner.bytes += cached.bytes();
+            inner.segments.insert(Seq(u64::from_be_bytes(key)), cached);
+        }
+        Ok(())
+    });
+    let orders = start(db)?; // which closes it, if it is not used
+    read.map(|()| (orders, inner))
+}
+
+/// Opens the database, also when who had it before has closed it just now: a thread of `sled`'s pool may have its file,
+/// and so its lock, for a moment longer.
 fn open_when_free(path: &Path, pause: &mut dyn FnMut()) -> sled::Result<sled::Db> {
     let config = sled::Config::new()
         .path(path)
@@ -203,19 +216,23 @@ fn open_when_free(path: &Path, pause: &mut dyn FnMut()) -> sled::Result<sled::Db
         .mode(sled::Mode::LowSpace);
     for _ in 0..LOCK_TRIES {
         match config.open() {
-            // So `sled` says that the lock is held; damage is told in other ways.
-            Err(sled::Error::Io(e)) if e.kind() == std::io::ErrorKind::Other => pause(),
+            Err(e) if is_held(&e) => pause(),
             opened => return opened,
         }
     }
     config.open()
 }
 
+/// True when somebody else has the database: of what `sled` says when it opens one, only this has no kind.
+fn is_held(e: &sled::Error) -> bool {
+    matches!(e, sled::Error::Io(e) if e.kind() == std::io::ErrorKind::Other)
+}
+
 /// Starts the thread that has the database.
-fn start(db: sled::Db) -> Option<SyncSender<Order>> {
+fn start(db: sled::Db) -> std::io::Result<SyncSender<Order>> {
     let (orders, incoming) = sync_channel(BATCHES_MAX);
-    let thread = std::thread::Builder::new().name("index".into()).spawn(move || obey(db, incoming));
-    thread.inspect_err(|e| ::log::warn!("the cache will be forgotten at exit: {e}")).ok().map(|_| orders)
+    std::thread::Builder::new().name("index".into()).spawn(move || obey(db, incoming))?;
+    Ok(orders)
 }
 
 fn obey(db: sled::Db, incoming: Receiver<Order>) {
@@ -409,5 +426,39 @@ mod tests {
         pauses = 0;
         assert!(open_when_free(&path, &mut || pauses += 1).is_err(), "but not for ever");
         assert_eq!(pauses, LOCK_TRIES);
+    }
+
+    /// What could not be read was told again and again, and a mount never came up.
+    #[test]
+    fn a_damaged_database_is_read_to_an_end() {
+        const PLACES: usize = 32;
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("index.sled");
+        let ranges = Ranges::open(&path);
+        for seq in 0..60_000 {
+            ranges.insert(Seq(seq), 0..1, seq);
+        }
+        drop(ranges);
+        drop(Ranges::open(&path)); // which notes where the pages lie: now they are not all read when it is opened
+        let whole = std::fs::read(path.join("db")).unwrap();
+        let afresh = (0..PLACES).filter(|n| {
+            let damaged = tmp.path().join(n.to_string());
+            std::fs::create_dir(&damaged).unwrap();
+            for file in std::fs::read_dir(&path).unwrap().map(Result::unwrap).filter(|f| f.path().is_file()) {
+                std::fs::copy(file.path(), damaged.join(file.file_name())).unwrap();
+            }
+            let mut bytes = whole.clone();
+            let at = bytes.len() / PLACES * n;
+            bytes[at..at + 64].fill(0xA5);
+            std::fs::write(damaged.join("db"), bytes).unwrap();
+            let (done, ended) = std::sync::mpsc::channel();
+            std::thread::spawn(move || done.send(Ranges::open(&damaged)).ok());
+            let ranges = ended.recv_timeout(12 * FLUSH_MAX).expect("a damaged database is opened");
+            ranges.insert(Seq(7), 0..100, 1);
+            assert!(ranges.covers(Seq(7), &(0..100)));
+            ranges.bytes() < 1000
+        });
+        let afresh = afresh.count();
+        assert!((1..PLACES).contains(&afresh), "{afresh} of {PLACES} cost the index");
     }
 }

@@ -50,13 +50,14 @@ pub struct ReaderLimits {
 
 /// Reads the frames of a volume.
 pub struct FrameReader {
+    /// Before the state directory, whose lock keeps others out: it is closed when it goes, and that is in this order.
+    ranges: Ranges,
     dir: Arc<StateDir>,
     ctx: Arc<VolumeContext>,
     store: Option<Arc<dyn Store>>,
     env: Env,
     limits: ReaderLimits,
     frames: FrameCache,
-    ranges: Ranges,
     files: Mutex<LruCache<Seq, Arc<OpenFile>>>,
     ciphers: Mutex<LruCache<Seq, Arc<SegmentCipher>>>,
     in_flight: InFlight,
