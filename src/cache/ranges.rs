@@ -387,6 +387,14 @@ mod tests {
         drop(incoming);
     }
 
+    /// Closes the database, with more patience than there is outside of tests.
+    fn close(ranges: Ranges) {
+        ranges.flush();
+        let (done, closed) = sync_channel(1);
+        ranges.db.as_ref().unwrap().send(Order::Close(done)).unwrap();
+        closed.recv_timeout(12 * FLUSH_MAX).expect("the database is closed");
+    }
+
     #[test]
     fn what_is_cached_is_known_after_a_restart_and_damage_costs_only_the_cache() {
         let tmp = tempfile::tempdir().unwrap();
@@ -397,13 +405,13 @@ mod tests {
         ranges.insert(Seq(9), 0..1, 1);
         ranges.forget(Seq(9));
         assert_eq!(ranges.remove(Seq(7), &(90..200)), 10);
-        drop(ranges);
+        close(ranges);
         let ranges = Ranges::open(&path);
         assert!(ranges.covers(Seq(7), &(0..90)) && !ranges.covers(Seq(7), &(0..91)));
         assert_eq!((ranges.bytes(), ranges.oldest_first()), (100, vec![Seq(8), Seq(7)]));
         ranges.touch(Seq(8), 9);
         assert_eq!(ranges.oldest_first(), [Seq(7), Seq(8)]);
-        drop(ranges);
+        close(ranges);
         std::fs::remove_dir_all(&path).unwrap();
         assert_eq!(Ranges::open(&path).bytes(), 0);
     }
@@ -438,8 +446,8 @@ mod tests {
         for seq in 0..60_000 {
             ranges.insert(Seq(seq), 0..1, seq);
         }
-        drop(ranges);
-        drop(Ranges::open(&path)); // which notes where the pages lie: now they are not all read when it is opened
+        close(ranges);
+        close(Ranges::open(&path)); // which notes where the pages lie: now they are not all read when it is opened
         let whole = std::fs::read(path.join("db")).unwrap();
         let afresh = (0..PLACES).filter(|n| {
             let damaged = tmp.path().join(n.to_string());
