@@ -76,7 +76,8 @@ impl Ranges {
             .inspect_err(|e| ::log::warn!("{}: {e}; the cache will be forgotten at exit", path.display()))
             .ok()
             .unzip();
-        Ranges { db, stuck: AtomicBool::new(false), inner: Mutex::new(inner.unwrap_or_default()) }
+        let inner = Mutex::new(inner.unwrap_or_default());
+        Ranges { db: db.and_then(start), stuck: AtomicBool::new(false), inner }
     }
 
     /// True when all of `range` of the segment is cached.
@@ -189,8 +190,8 @@ impl Ranges {
     }
 }
 
-/// Opens the database, gives it to a thread of its own, and says what is in it.
-fn open_and_read(path: &Path) -> sled::Result<(SyncSender<Order>, Inner)> {
+/// Opens the database and says what is in it.
+fn open_and_read(path: &Path) -> sled::Result<(sled::Db, Inner)> {
     let db = open_when_free(path, &mut || std::thread::park_timeout(LOCK_PAUSE))?;
     let mut inner = Inner::default();
     let read = db.iter().try_for_each(|entry| {
@@ -202,8 +203,13 @@ fn open_and_read(path: &Path) -> sled::Result<(SyncSender<Order>, Inner)> {
         }
         Ok(())
     });
-    let orders = start(db)?; // which closes it, if it is not used
-    read.map(|()| (orders, inner))
+    match read {
+        Ok(()) => Ok((db, inner)),
+        Err(e) => {
+            drop(start(db)); // to close it may take for ever: its thread does that
+            Err(e)
+        }
+    }
 }
 
 /// Opens the database, also when who had it before has closed it just now: a thread of `sled`'s pool may have its file,
@@ -229,10 +235,10 @@ fn is_held(e: &sled::Error) -> bool {
 }
 
 /// Starts the thread that has the database.
-fn start(db: sled::Db) -> std::io::Result<SyncSender<Order>> {
+fn start(db: sled::Db) -> Option<SyncSender<Order>> {
     let (orders, incoming) = sync_channel(BATCHES_MAX);
-    std::thread::Builder::new().name("index".into()).spawn(move || obey(db, incoming))?;
-    Ok(orders)
+    let thread = std::thread::Builder::new().name("index".into()).spawn(move || obey(db, incoming));
+    thread.inspect_err(|e| ::log::warn!("the cache will be forgotten at exit: {e}")).ok().map(|_| orders)
 }
 
 fn obey(db: sled::Db, incoming: Receiver<Order>) {
